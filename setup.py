@@ -1,0 +1,57 @@
+"""Install easylm_jax. The core is small; everything a plain training run does not need is an extra.
+
+Two stacks are supported and pinned: Python 3.11 (jax 0.10.2, its last) and Python 3.12 or newer.
+Accelerators: `pip install -e .[tpu]` or `.[cuda]`; without either, jax runs on the CPU.
+"""
+
+from setuptools import find_packages, setup
+
+PY311 = '; python_version < "3.12"'
+PY312 = '; python_version >= "3.12"'
+
+REPORT = ["jinja2==3.1.6", "matplotlib==3.11.2"]
+TEST = [
+    "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
+    "beartype==0.23.1",
+    "ruff==0.17.5",
+    *REPORT,
+]
+TORCH = ["torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0"]
+
+setup(
+    name="easylm_jax",
+    version="0.1.0",
+    description="Pretrain, fine-tune and study LLaMA-style language models in JAX.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["easylm_jax", "easylm_jax.*"]),
+    install_requires=[
+        "jax==0.10.2" + PY311,
+        "jax==0.12.0.1" + PY312,
+        "flax==0.12.8" + PY311,
+        "flax==0.12.12" + PY312,
+        "optax==0.2.8",
+        "orbax-checkpoint==0.12.8",  # <1: 1.0 moves the API
+        "tensorflow-datasets==4.9.10",
+        "array-record==0.8.6",
+        "grain==0.2.18",
+        "importlib_resources",  # tensorflow-datasets needs it and forgets to say so
+        "sentencepiece==0.2.3",
+        "tokenizers==0.23.3",
+        "ml-collections==1.1.0",
+        "jaxtyping==0.3.11",
+        "zstandard==0.25.0",
+        "tensorboardX==2.6.5",
+        "tqdm>=4.66",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "gcs": ["gcsfs"],
+        "report": REPORT,
+        "test": TEST,
+        "torch": TORCH,
+    },
+)
