@@ -1,0 +1,119 @@
+"""Between dataclasses, config files and the command line. Called by the entry points and configs.
+
+The schema of every section is a frozen dataclass that lives beside the code that reads it. A config
+file builds one from them; `as_config_dict` turns it into a locked ConfigDict so that flags can
+override leaves; `from_config_dict` turns that back. Below the entry points there is no ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_dict
+
+T = TypeVar("T")
+
+
+def as_config_dict(section: Any) -> ConfigDict:
+    """A locked ConfigDict with the fields of a dataclass instance, nested ones included."""
+    config = ConfigDict()
+    hints = typing.get_type_hints(type(section))
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        config[field.name] = _leaf(value, hints[field.name])
+    return config.lock()
+
+
+def _leaf(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return as_config_dict(value)
+    if isinstance(value, Mapping):
+        return ConfigDict({k: _leaf(v, None) for k, v in value.items()}).lock()
+    kinds = [k for k in typing.get_args(hint) if k in (int, float, str, bool)]
+    if value is None and kinds:
+        return config_dict.placeholder(kinds[0])
+    return value
+
+
+def from_config_dict(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
+    """The dataclass `cls` with the values of `config`.
+
+    Raises ValueError naming the key, and the nearest known ones, when `cls` has no such field.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    values = {}
+    for key, value in dict(config).items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or known
+            raise ValueError(f"{where}.{key} is not a known setting; near it: {', '.join(near)}")
+        values[key] = _value(hints[key], value, f"{where}.{key}")
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}, needed to make a {cls.__name__}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type that `hint` states: dataclass, optional, mapping, tuple or plain."""
+    if isinstance(value, config_dict.FieldReference):
+        value = value.get()
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _value(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_config_dict(hint, value, where)
+    if isinstance(value, Mapping | ConfigDict):
+        inner = args[1] if len(args) == 2 else Any
+        return {k: _value(inner, v, f"{where}.{k}") for k, v in dict(value).items()}
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if hint is float and isinstance(value, int):
+        return float(value)
+    return value
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """absl's `app.run`, with the errors a user can cause shown as one sentence.
+
+    A ValueError or OSError raised by our own code is meant for the user; set EASYLM_TRACEBACK=1 to
+    see where it came from. Anything else keeps its traceback: that is a bug.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, OSError) as error:
+            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+            ours = Path(__file__).parent in raised_in.parents
+            if not ours or os.environ.get("EASYLM_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            words = " ".join(str(a) for a in error.args).replace("\\n", " ").replace("\n", " ")
+            print(f"error: unknown or wrong setting on the command line: {words}", file=sys.stderr)
+            sys.exit(2)
+
+    flags.FLAGS.set_default("logtostderr", True)
+    app.run(guarded, flags_parser=parse)
