@@ -107,6 +107,15 @@ def test_loss_is_the_weighted_log_likelihood_of_forward():
     np.testing.assert_allclose(weight_sum, batch["weights"].sum(), rtol=1e-12)
 
 
+def test_attention_adds_only_the_output_bias_to_padding():
+    dims, params, batch, _ = draw("all_biases")
+    inputs = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
+    before = forward(params, dims, **inputs)
+    params["layers"]["attention"]["o"]["kernel"] *= 0
+    same = np.all(forward(params, dims, **inputs) == before, axis=-1)
+    np.testing.assert_array_equal(same, batch["segment_ids"] == 0)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("packed_and_padded", [False, True])
 @each_case
