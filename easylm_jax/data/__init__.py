@@ -1,1 +1,1 @@
-"""Documents on disk to packed, resumable batches. May import `text`, and nothing else of layer 1."""
+"""Documents on disk to packed, resumable batches. Of layer 1 it imports only `text`."""

@@ -1,1 +1,1 @@
-"""Strings to segments of token ids with loss weights. Knows no arrays of the model, no files of data."""
+"""Strings to segments of token ids with loss weights: no model, no data files."""

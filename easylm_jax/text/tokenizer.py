@@ -228,7 +228,7 @@ def _check_bos_eos(bos_id: int, eos_id: int, *, name: str) -> None:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", a `*.model`, a `tokenizer.json`, or their folder."""
+    """The tokenizer `spec` names: "bytes", a `*.model`, a `tokenizer.json`, or a folder of one."""
     if spec == "bytes":
         return ByteTokenizer()
     path = epath.Path(spec)
