@@ -1,0 +1,45 @@
+"""Rows of tokens to a Batch, and which rows of a batch a process holds.
+
+What it is not: where rows come from. Called by `mixture.py`, `packing.py` and `source.py`.
+"""
+
+import numpy as np
+from jaxtyping import Int
+
+from easylm_jax.batch import Batch
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of the global batch that process `process_index` of `process_count` holds."""
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be split over {process_count} processes: make it a "
+            f"multiple of {process_count}"
+        )
+    share = batch_size // process_count
+    return range(process_index * share, (process_index + 1) * share)
+
+
+def rows_to_batch(rows: Int[np.ndarray, "B T+1"], *, bos_id: int) -> Batch:
+    """Rows cut from a stream BOS doc EOS BOS doc EOS: each BOS starts a segment.
+
+    With BOS = 1, EOS = 2 and T = 6, the row 8 9 2 1 7 2 1 gives
+
+        tokens       8 9 2 1 7 2
+        targets      9 2 1 7 2 1
+        weights      1 1 0 1 1 0     nothing is to predict a BOS
+        segment_ids  1 1 1 2 2 2
+        positions    0 1 2 0 1 2
+    """
+    tokens, targets = rows[:, :-1], rows[:, 1:]
+    is_bos = tokens == bos_id
+    index = np.arange(tokens.shape[1], dtype=np.int32)
+    started = np.maximum.accumulate(np.where(is_bos, index, 0), axis=1)
+    earlier = ~is_bos[:, :1]  # the row begins inside a document
+    return Batch(
+        tokens=np.ascontiguousarray(tokens, np.int32),
+        targets=np.ascontiguousarray(targets, np.int32),
+        weights=(targets != bos_id).astype(np.float32),
+        segment_ids=(np.cumsum(is_bos, axis=1) + earlier).astype(np.int32),
+        positions=(index - started).astype(np.int32),
+    )
