@@ -83,7 +83,7 @@ class MetricLog:
         rows = [{"step": int(step), "prompt": s["prompt"], "text": s["text"]} for s in samples]
         self._samples.append(rows)
         for i, row in enumerate(rows):
-            text = f"{row['prompt']}\n----\n{row['text']}"
+            text = f"{row['prompt']}\n----\n{row['text']}".encode(errors="replace").decode()
             verbatim = "    " + text.replace("\n", "\n    ")  # four blanks: a Markdown code block
             self._events.writer.add_text(f"samples/{i}", verbatim, step)
         self._flush_if_due()
@@ -99,6 +99,8 @@ class MetricLog:
         if self._enabled:
             self._events.writer.close()
             self.flush()
+            self._metrics.close()
+            self._samples.close()
 
     def _flush_if_due(self) -> None:
         if time.monotonic() - self._last_flush > REWRITE_SECONDS:
@@ -135,6 +137,10 @@ class _JsonLines:
         if self._dirty:
             _write_whole(self._path, self._text)
             self._dirty = False
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class _EventFiles:

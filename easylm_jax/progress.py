@@ -60,7 +60,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description_str(self._line(), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total:
+        elif now - self._last_line >= PLAIN_LINE_SECONDS:
             self._print_line()
 
     def note(self, text: str) -> None:

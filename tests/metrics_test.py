@@ -43,14 +43,14 @@ def test_what_is_written_is_read(workdir):
     log = metrics.MetricLog(workdir)
     log.write(3, values)
     log.write(np.int64(4), {"train/loss": np.float32(0.5)})
-    log.write_text(4, [{"prompt": "a \U0001f600", "text": "\u2028</script>\n"}])
+    log.write_text(4, [{"prompt": "a \U0001f600", "text": "\u2028</script>\n\ud83d"}])
     log.close()
     first, second = metrics.read_metrics(workdir)
     assert {k: v for k, v in first.items() if k not in ("step", "time")} == values
     assert first["step"] == 3 and second["step"] == 4 and second["train/loss"] == 0.5
     assert first["time"] <= second["time"]
     (sample,) = metrics.read_samples(workdir)
-    assert sample == {"step": 4, "prompt": "a \U0001f600", "text": "\u2028</script>\n"}
+    assert sample == {"step": 4, "prompt": "a \U0001f600", "text": "\u2028</script>\n\ud83d"}
 
 
 def test_resuming_leaves_no_duplicates(workdir):
