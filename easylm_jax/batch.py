@@ -4,11 +4,12 @@ What it is not: a dataset, a loader or a loss. `data/` builds batches from token
 arrays), `train.py` places them on the mesh, `objectives.py` reads them.
 
 The invariants, checked by `check_batch` in tests and once at the start of a run:
-  - `targets[b, t]` is the token that follows `tokens[b, t]` in the same segment. Where there is none
-    (last token of a segment, padding) the weight is 0 and the target is any valid id.
-  - `segment_ids` number the documents of a row from 1, never decreasing along the row; 0 is padding.
-  - `positions` count from 0 within a segment (or within a chunk of a document cut by the row edge).
-  - `weights` are the loss weights of the *targets*; they were born with the text and only travelled.
+  - `targets[b, t]` is the token that follows `tokens[b, t]` in the same segment. Where there is
+    none (last token of a segment, padding) the weight is 0 and the target is any valid id.
+  - `segment_ids` number the documents of a row from 1, never decreasing along the row; 0 is
+    padding.
+  - `positions` count from 0 within a segment (or within the part of a document in this row).
+  - `weights` are the loss weights of the *targets*; they were born with the text and travelled.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ import flax.struct
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
-
 
 ArrayLike = Array | np.ndarray
 

@@ -1,0 +1,1 @@
+"""Models on arrays: they know no text, no loss, no optimiser and no configuration library."""

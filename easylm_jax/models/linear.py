@@ -1,0 +1,62 @@
+"""The one matrix product of the model, with the types of its two passes spelled out.
+
+Operands are in the compute type, every product accumulates *and comes out* in float32, and the
+result is cast afterwards, forward and backward. Plain autodiff of a cast product would multiply
+float32 by bfloat16 in the backward pass, and round the weight gradient to bfloat16 before it is
+summed over devices.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from easylm_jax.dots import dot_f32
+
+Initializer = Callable[..., Array]
+
+
+@jax.custom_vjp
+def dot(x: Float[Array, "*R D"], kernel: Float[Array, "D F"]) -> Float[Array, "*R F"]:
+    """`x @ kernel` over the last dimension of x, in the type of x; the kernel is cast to it.
+
+    The gradient of the kernel comes out in the kernel's own type, unrounded on the way.
+    """
+    return dot_f32(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
+
+
+def _dot_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return dot(x, kernel), (x, kernel)
+
+
+def _dot_bwd(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - 1))
+    d_x = dot_f32(grad, kernel.astype(x.dtype), (x.ndim - 1,), (1,)).astype(x.dtype)
+    d_kernel = dot_f32(x, grad, rows, rows).astype(kernel.dtype)
+    return d_x, d_kernel
+
+
+dot.defvjp(_dot_fwd, _dot_bwd)
+
+
+class Linear(nn.Module):
+    """y = x @ kernel (+ bias), kernel [in, out]."""
+
+    features: int
+    kernel_init: Initializer
+    use_bias: bool = False
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*R D"]) -> Float[Array, "*R F"]:
+        shape = (x.shape[-1], self.features)
+        y = dot(x, self.param("kernel", self.kernel_init, shape, self.param_dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            y = y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return y

@@ -1,0 +1,425 @@
+"""The LLaMA model (Touvron et al. 2023, arXiv:2302.13971; Llama 2 2307.09288; Llama 3 2407.21783).
+
+Pre-norm decoder: RMSNorm, rotary positions, grouped-query causal attention, SwiGLU. The same code
+is Mistral (sliding window) and Qwen2 (biases on q, k, v). The mathematics are plain functions on
+arrays; the Linen modules own the parameters, their names and nothing else.
+
+    params = Llama(config).init(key, tokens, segment_ids, positions)["params"]
+    hidden_BTD, _ = Llama(config).apply({"params": params}, tokens, segment_ids, positions)
+    logits_BTV = output_logits(params, hidden_BTD)
+
+The model stops at the hidden states, because a loss should not have to hold full logits. Layers are
+scanned: every parameter under "layers" has a leading dimension L, however the scan is unrolled.
+This file knows no text, no loss and no optimiser.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from easylm_jax.array_types import Hidden, Logits, Params, PRNGKey, Tokens
+from easylm_jax.batch import Batch
+from easylm_jax.mesh import BATCH_AXES
+from easylm_jax.models.attention import AttentionConfig, attention
+from easylm_jax.models.linear import Linear, dot
+from easylm_jax.models.remat import jax_policy, parse_policy, tag
+from easylm_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the long wavelengths, for contexts beyond the pretraining length."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape, numerics and execution of one model. `presets.py` has the published ones."""
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_seq_len: int  # tokens; longest row the model was made for
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False  # the output head is the transposed embedding
+    qkv_bias: bool = False
+    init_std: float = 0.02  # o and down: init_std / sqrt(2 * num_layers)
+
+    attention: AttentionConfig = AttentionConfig()
+    remat: str = "linear_outputs"  # see models/remat.py
+    layer_unroll: int = 1  # layers per step of the scan over layers; changes speed only
+    dtype: str = "float32"  # of activations and matrix products
+    param_dtype: str = "float32"
+
+    # Regularisers of EasyLM. Rates of dropout are for the first and the last layer, linear between.
+    embedding_dropout: float = 0.0
+    residual_dropout: tuple[float, float] = (0.0, 0.0)  # on what attention and MLP add
+    feedforward_dropout: tuple[float, float] = (0.0, 0.0)  # inside the MLP, before `down`
+    # Forgetful causal masking: each row forgets a share of its keys drawn from this range.
+    fcm_min_ratio: float = 0.0
+    fcm_max_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
+                f"{self.num_kv_heads}; every group of query heads shares one key/value head"
+            )
+        parse_policy(self.remat)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training needs a key."""
+        rates = (*self.residual_dropout, *self.feedforward_dropout, self.embedding_dropout)
+        return any(rates) or self.attention.dropout > 0 or self.fcm_max_ratio > 0
+
+
+# Which mesh axes split each parameter, [in, out] with layers first. See sharding.py.
+PARAM_RULES = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"(o|down)/kernel", P(None, "tensor", "fsdp")),
+    (r"(q|k|v)/bias", P(None, "tensor")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r"layers/\w+/scale", P(None, None)),
+    (r"final_norm/scale", P(None)),
+)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the S slots filled so far, for generating token by token.
+
+    New entries go to slots [index, index + T) in every row. A slot with segment id 0 is seen by
+    nobody, so prompts of different lengths share one cache by being padded.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    index: Int[Array, ""]
+
+
+def init_cache(config: LlamaConfig, batch: int, length: int) -> KVCache:
+    """An empty cache of `length` slots for `batch` rows, in the compute type."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    zeros = jnp.zeros(shape, config.dtype)
+    ids = jnp.zeros((batch, length), jnp.int32)
+    return KVCache(k=zeros, v=zeros, segment_ids=ids, positions=ids, index=jnp.zeros((), jnp.int32))
+
+
+# ---- mathematics ------------------------------------------------------------------------------
+
+
+def rms_norm(x: Float[Array, "*R D"], scale: Float[Array, " D"], eps: float) -> Array:
+    """x / rms(x) * scale (Zhang & Sennrich 2019), computed in float32, in the type of x."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
+    """Radians per position of each rotated pair: theta^(-2i/H), stretched if `rope_scaling`."""
+    pair = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
+    freq = config.rope_theta ** (-pair / config.head_dim)
+    if (scaling := config.rope_scaling) is None:
+        return freq
+    # Llama 3.1: wavelengths longer than the old context / low_freq_factor are stretched by
+    # `factor`, those shorter than the old context / high_freq_factor are not, linear between.
+    turns = scaling.original_max_position * freq / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return freq * (keep + (1 - keep) / scaling.factor)
+
+
+def rope_angles(positions: Tokens, config: LlamaConfig) -> tuple[Array, Array]:
+    """cos and sin [B, T, 1, H/2] of the rotary angles (Su et al. 2021), float32."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config).reshape(
+        1, 1, 1, -1
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "B T M H"], cos: Array, sin: Array) -> Float[Array, "B T M H"]:
+    """Rotate the pairs (i, i + H/2) of the last dim: Hugging Face's layout, not Meta's (2i, 2i+1).
+
+    In float32, since bfloat16 cannot tell position 256 from 257. M is N or K heads.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def dropout(x: Array, rate: Array | float, key: PRNGKey | None) -> Array:
+    """Inverted dropout with a rate that may be traced; the identity without a key."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - jnp.asarray(rate, x.dtype)), 0)
+
+
+def forget_keys(
+    segment_ids: Tokens, positions: Tokens, config: LlamaConfig, key: PRNGKey
+) -> Tokens:
+    """Segment ids of the keys, with the forgotten ones set to -1, which no query matches.
+
+    Forgetful causal masking (Liu et al. 2022, arXiv:2210.13432): each row draws a ratio uniformly
+    from the range of the config and forgets each key with that probability, never a document's
+    first one.
+    """
+    key_ratio, key_drop = jax.random.split(key)
+    low, high = config.fcm_min_ratio, config.fcm_max_ratio
+    ratio = jax.random.uniform(key_ratio, (segment_ids.shape[0], 1), minval=low, maxval=high)
+    forgotten = jax.random.uniform(key_drop, segment_ids.shape) < ratio
+    return jnp.where(forgotten & (positions > 0), -1, segment_ids)
+
+
+# ---- modules ----------------------------------------------------------------------------------
+
+
+class Norm(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        return rms_norm(x, scale, self.config.norm_eps)
+
+
+def _linear(cfg: LlamaConfig, features: int, name: str, *, residual=False, bias=False) -> Linear:
+    std = cfg.init_std / math.sqrt(2 * cfg.num_layers) if residual else cfg.init_std
+    return Linear(features, nn.initializers.normal(std), bias, cfg.param_dtype, name=name)
+
+
+class Embed(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> Hidden:
+        cfg = self.config
+        init, shape = nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.d_model)
+        table_VD = self.param("embedding", init, shape, cfg.param_dtype).astype(cfg.dtype)
+        # Gathered over fsdp like every kernel; each tensor shard looks up its part of the vocabulary.
+        return jnp.take(constrain(table_VD, "tensor", None), tokens, axis=0)
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, context, cache, key):
+        cfg = self.config
+        heads = {"q": cfg.num_heads, "k": cfg.num_kv_heads, "v": cfg.num_kv_heads}
+        projected = {}
+        for name, num in heads.items():
+            linear = _linear(cfg, num * cfg.head_dim, name, bias=cfg.qkv_bias)
+            y = tag(linear(x_BTD), name).reshape(*x_BTD.shape[:2], num, cfg.head_dim)
+            projected[name] = constrain(y, BATCH_AXES, "sequence", "tensor", None)
+        q_BTNH = apply_rope(projected["q"], *context.rope)
+        k_BSKH = apply_rope(projected["k"], *context.rope)
+        v_BSKH = projected["v"]
+        if cache is not None:
+            cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.index, 1)
+                for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True)
+            )
+            k_BSKH, v_BSKH = cache
+        out_BTNH = attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_segments=context.segment_ids,
+            k_segments=context.k_segment_ids,
+            q_positions=context.positions,
+            k_positions=context.k_positions,
+            config=cfg.attention,
+            dropout_key=key if cfg.attention.dropout else None,
+        )
+        out = out_BTNH.reshape(*x_BTD.shape[:2], -1)
+        return tag(_linear(cfg, cfg.d_model, "o", residual=True)(out), "o"), cache
+
+
+class MLP(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, dropout_rate, key):
+        cfg = self.config
+        gate = tag(_linear(cfg, cfg.d_ff, "gate")(x_BTD), "gate")
+        up = tag(_linear(cfg, cfg.d_ff, "up")(x_BTD), "up")
+        hidden_BTF = constrain(nn.silu(gate) * up, BATCH_AXES, "sequence", "tensor")
+        hidden_BTF = dropout(hidden_BTF, dropout_rate, key)
+        return tag(_linear(cfg, cfg.d_model, "down", residual=True)(hidden_BTF), "down")
+
+
+@flax.struct.dataclass
+class Context:
+    """What is the same for every layer of one call."""
+
+    rope: tuple[Array, Array]
+    segment_ids: Tokens
+    positions: Tokens
+    k_segment_ids: Int[Array, "B S"]
+    k_positions: Int[Array, "B S"]
+    index: Int[Array, ""] | None  # first cache slot to write
+
+
+class Block(nn.Module):
+    """One layer. `rates` and `key` are this layer's dropout; key None means none."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, context, cache, rates, key):
+        residual_rate, ff_rate = rates
+        keys = (None,) * 4 if key is None else tuple(jax.random.split(key, 4))
+        cfg = self.config
+        h_BTD = Norm(cfg, name="attention_norm")(x_BTD)
+        h_BTD, cache = Attention(cfg, name="attention")(h_BTD, context, cache, keys[0])
+        x_BTD = _to_stream(x_BTD + dropout(h_BTD, residual_rate, keys[1]))
+        h_BTD = Norm(cfg, name="mlp_norm")(x_BTD)
+        h_BTD = MLP(cfg, name="mlp")(h_BTD, ff_rate, keys[2])
+        return _to_stream(x_BTD + dropout(h_BTD, residual_rate, keys[3])), cache
+
+
+def _to_stream(x_BTD: Hidden) -> Hidden:
+    """The sharding of the residual stream, pinned at the edges of every block."""
+    return constrain(x_BTD, BATCH_AXES, "sequence", None)
+
+
+class Llama(nn.Module):
+    """Tokens to final hidden states; see the top of this file."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        segment_ids: Tokens,
+        positions: Tokens,
+        *,
+        cache: KVCache | None = None,
+        dropout_key: PRNGKey | None = None,
+    ) -> tuple[Hidden, KVCache | None]:
+        """Final normed hidden states [B, T, D], and the cache with these tokens added.
+
+        Dropout and forgetful masking act only when a key is given.
+        """
+        cfg = self.config
+        keys = (None,) * 3
+        if dropout_key is not None and cfg.has_dropout:
+            keys = tuple(jax.random.split(dropout_key, 3))
+        x_BTD = Embed(cfg, name="embed")(tokens)
+        x_BTD = _to_stream(dropout(x_BTD, cfg.embedding_dropout, keys[0]))
+
+        k_segment_ids, k_positions, index = segment_ids, positions, None
+        if keys[1] is not None and cfg.fcm_max_ratio > 0:
+            k_segment_ids = forget_keys(segment_ids, positions, cfg, keys[1])
+        if cache is not None:
+            index = cache.index
+            update = jax.lax.dynamic_update_slice_in_dim
+            k_segment_ids = update(cache.segment_ids, segment_ids, index, 1)
+            k_positions = update(cache.positions, positions, index, 1)
+        context = Context(
+            rope=rope_angles(positions, cfg),
+            segment_ids=segment_ids,
+            positions=positions,
+            k_segment_ids=k_segment_ids,
+            k_positions=k_positions,
+            index=index,
+        )
+        x_BTD, layer_cache = self._layers(x_BTD, context, cache, keys[2])
+        if cache is not None:
+            cache = KVCache(*layer_cache, k_segment_ids, k_positions, index + tokens.shape[1])
+
+        if self.is_initializing() and not cfg.tie_embeddings:
+            _linear(cfg, cfg.vocab_size, "lm_head")(x_BTD)  # made here, applied by the loss
+        return Norm(cfg, name="final_norm")(x_BTD), cache
+
+    def _layers(self, x_BTD, context, cache, key):
+        cfg = self.config
+        num = cfg.num_layers
+        rates = tuple(
+            jnp.linspace(*ends, num, dtype=jnp.float32)
+            for ends in (cfg.residual_dropout, cfg.feedforward_dropout)
+        )
+        per_layer = (
+            None if cache is None else (cache.k, cache.v),
+            rates,
+            None if key is None else jax.random.split(key, num),
+        )
+        block = Block
+        if (actions := parse_policy(cfg.remat)) is not None:
+            block = nn.remat(Block, policy=jax_policy(actions), prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0, 0, 0),
+            length=num,
+            unroll=cfg.layer_unroll,
+        )
+        return scanned(cfg, name="layers")(x_BTD, context, *per_layer)
+
+
+def output_kernel(params: Params) -> Float[Array, "D V"]:
+    """The output head; with tied embeddings the transposed embedding."""
+    if "lm_head" in params:
+        return params["lm_head"]["kernel"]
+    return params["embed"]["embedding"].T
+
+
+def output_logits(params: Params, hidden_BTD: Hidden) -> Logits:
+    """Logits in float32, all of them. For sampling and tests; losses work in chunks."""
+    return dot(hidden_BTD, output_kernel(params)).astype(jnp.float32)
+
+
+def init_params(config: LlamaConfig, key: PRNGKey) -> Params:
+    """Fresh parameters: normal(0, init_std) throughout, residual outputs scaled, norms at 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    size = 1 if mesh.empty else mesh.size  # any batch that the mesh divides; only shapes matter
+    ids = jnp.ones((size, size), jnp.int32)
+    return Llama(config).init(key, ids, ids, ids)["params"]
+
+
+def num_params(config: LlamaConfig) -> int:
+    """How many parameters the model has, by shape evaluation: no memory is used."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def make_forward(config: LlamaConfig) -> Callable[[Params, Batch, PRNGKey | None], tuple]:
+    """The function an objective calls: hidden states [B, T, D] of a batch, and the head [D, V]."""
+
+    def forward(params: Params, batch: Batch, dropout_key: PRNGKey | None) -> tuple:
+        hidden_BTD, _ = Llama(config).apply(
+            {"params": params},
+            batch.tokens,
+            batch.segment_ids,
+            batch.positions,
+            dropout_key=dropout_key,
+        )
+        return hidden_BTD, output_kernel(params)
+
+    return forward

@@ -1,0 +1,150 @@
+"""The optimiser: schedule, decay mask and the optax chain, from one dataclass. Durations too.
+
+A duration is text, because runs are planned in different units: "250000 steps", "1.4T tokens",
+"2 epochs" or, where a whole is known, "3%". Everything below this file counts steps.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float, Int
+
+from easylm_jax.array_types import Params
+from easylm_jax.tree import map_named, matches
+
+OPTIMIZERS = ("adamw", "adafactor", "lion")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The defaults are LLaMA's (arXiv:2302.13971, section 2.2)."""
+
+    name: str = "adamw"  # adamw, adafactor, lion
+    lr: float = 3e-4  # peak
+    schedule: str = "cosine"  # cosine, linear, constant, wsd (warm-up, stable, decay)
+    warmup: str = "2000 steps"  # a duration; a percentage is of the whole run
+    final_lr_ratio: float = 0.1  # learning rate at the end / peak
+    decay: str = "10%"  # wsd only: the last part, in which the rate falls linearly
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("scale$", "bias$", "embedding$")  # path patterns left undecayed
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    mu_dtype: str = "float32"  # of the first moment
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.name, OPTIMIZERS), (self.schedule, SCHEDULES)):
+            if value not in known:
+                near = difflib.get_close_matches(value, known, n=1) or known
+                raise ValueError(f"optim: {value!r} is not known; near it: {', '.join(near)}")
+
+
+def parse_duration(
+    text: str,
+    *,
+    tokens_per_step: int,
+    tokens_per_epoch: int | None = None,
+    total_steps: int | None = None,
+) -> int:
+    """Steps, at least 1 unless the number is 0, rounded up.
+
+    Raises:
+      ValueError: not understood, or in a unit that means nothing here.
+    """
+    found = re.fullmatch(r"\s*([\d._]+(?:e\d+)?)\s*([KMBT]?)\s*(steps?|tokens?|epochs?|%)\s*", text)
+    if not found:
+        raise ValueError(
+            f"duration {text!r} is not understood; write such as '5000 steps', '1.4T tokens', "
+            "'2 epochs' or '3%'"
+        )
+    number = float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
+    unit = found[3].rstrip("s")
+    whole = {
+        "step": 1.0,
+        "token": 1.0 / tokens_per_step,
+        "epoch": tokens_per_epoch and tokens_per_epoch / tokens_per_step,
+        "%": total_steps and total_steps / 100,
+    }[unit]
+    if not whole:
+        need = "a percentage of what?" if unit == "%" else "the data has no countable epoch"
+        raise ValueError(f"duration {text!r} cannot be used here ({need}); give steps or tokens")
+    return -int(-number * whole // 1)
+
+
+def make_schedule(config: OptimConfig, *, total_steps: int, tokens_per_step: int) -> Schedule:
+    """Step -> learning rate: linear warm-up from 0, then the named shape to the final rate."""
+
+    def steps(text: str) -> int:
+        return parse_duration(text, tokens_per_step=tokens_per_step, total_steps=total_steps)
+
+    warmup, peak = steps(config.warmup), config.lr
+    if warmup > total_steps:
+        raise ValueError(
+            f"optim.warmup = {config.warmup!r} is {warmup} steps, longer than the run of "
+            f"{total_steps}; use fewer steps or a percentage"
+        )
+    final, rest = peak * config.final_lr_ratio, max(total_steps - warmup, 1)
+    if config.schedule == "cosine":
+        shape = optax.cosine_decay_schedule(peak, rest, alpha=config.final_lr_ratio)
+    elif config.schedule == "linear":
+        shape = optax.linear_schedule(peak, final, rest)
+    elif config.schedule == "constant":
+        shape = optax.constant_schedule(peak)
+    else:
+        fall = min(steps(config.decay), rest)
+        shape = optax.linear_schedule(peak, final, fall, transition_begin=rest - fall)
+    # Step t makes update t + 1: the first update already has a rate above 0.
+    return lambda step: jnp.where(
+        step < warmup, peak * (step + 1) / max(warmup, 1), shape(step - warmup)
+    )
+
+
+def decay_mask(params: Params, no_decay: tuple[str, ...]) -> Params:
+    """True for the leaves that weight decay touches."""
+    return map_named(lambda name, _: not any(matches(p, name) for p in no_decay), params)
+
+
+def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
+    """Clipping by global norm, then the named optimiser with decoupled weight decay."""
+
+    def mask(params: Params) -> Params:
+        return decay_mask(params, config.no_decay)
+
+    if config.name == "adamw":
+        optimizer = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            mu_dtype=config.mu_dtype,
+            weight_decay=config.weight_decay,
+            mask=mask,
+        )
+    elif config.name == "lion":
+        optimizer = optax.lion(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            mu_dtype=config.mu_dtype,
+            weight_decay=config.weight_decay,
+            mask=mask,
+        )
+    else:
+        # Its own weight decay is not scaled by the learning rate; this one is, as in AdamW.
+        optimizer = optax.chain(
+            optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(config.weight_decay, mask=mask),
+            optax.scale_by_learning_rate(schedule),
+        )
+    if not config.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

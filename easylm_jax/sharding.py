@@ -1,0 +1,85 @@
+"""From rules over parameter paths to shardings, and constraints on activations.
+
+A rule is (regular expression over the path, one mesh axis or None per dimension). The first rule
+whose expression is found in a path wins. The same rules serve the optimiser state, adapters and
+imported checkpoints, because their paths contain the parameter's path.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easylm_jax.mesh import BATCH_AXES
+from easylm_jax.tree import map_named, matches, named_leaves
+
+Rules = Sequence[tuple[str, P]]
+
+BATCH_SPEC = P(BATCH_AXES, "sequence")  # every [B, T] array
+
+
+def spec_for(name: str, shape: tuple[int, ...], rules: Rules) -> P:
+    """The partition spec of one leaf.
+
+    Scalars are replicated, and so are leaves whose rank differs from their rule's: factored moments
+    of Adafactor, which are small. `sharding_table` shows them.
+
+    Raises:
+      ValueError: no rule matches `name`.
+    """
+    if math.prod(shape) == 1:
+        return P()
+    for pattern, spec in rules:
+        if matches(pattern, name):
+            return spec if len(spec) == len(shape) else P()
+    raise ValueError(
+        f"no sharding rule matches the parameter {name} of shape {shape}; add a rule for it"
+    )
+
+
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A NamedSharding for every leaf of `tree` (arrays or `jax.ShapeDtypeStruct`).
+
+    Raises:
+      ValueError: a leaf without a rule, or a dimension that its mesh axes do not divide.
+    """
+
+    def leaf_sharding(name: str, leaf: Any) -> NamedSharding:
+        spec = spec_for(name, leaf.shape, rules)
+        _check_divides(name, leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return map_named(leaf_sharding, tree)
+
+
+def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+    for dim, axes in enumerate(spec):
+        axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if shape[dim] % ways:
+            fits = [n for n in range(ways, 0, -1) if shape[dim] % n == 0]
+            raise ValueError(
+                f"{name} has size {shape[dim]} in dim {dim}, which mesh axis {'x'.join(axes)} = "
+                f"{ways} does not divide ({shape[dim] % ways} left over); {fits[0]} would fit"
+            )
+
+
+def sharding_table(tree: Any, mesh: Mesh, rules: Rules) -> str:
+    """One line per leaf: path, shape, partition spec, bytes per device. For people."""
+    lines = []
+    for name, leaf in named_leaves(tree).items():
+        sharding = NamedSharding(mesh, spec_for(name, leaf.shape, rules))
+        shard = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        lines.append(f"{name:50s} {str(leaf.shape):24s} {str(sharding.spec):40s} {shard:>14,} B")
+    return "\n".join(lines)
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """`x`, told to be split so over the mesh set by `jax.set_mesh`; unchanged where none is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*axes))
