@@ -13,7 +13,6 @@ The rows of step t are t * B to (t + 1) * B, split evenly over the processes. So
 integer, and a run may continue with another number of processes.
 """
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 
@@ -22,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from easylm_jax.batch import Batch
-from easylm_jax.data.rows import process_rows, rows_to_batch
+from easylm_jax.data.rows import process_rows, rows_to_batch, stable_hash
 from easylm_jax.data.token_store import TokenStream
 
 SHARE_BITS = 64  # shares are fractions of 2**64, in Python's exact integers
@@ -107,12 +106,6 @@ class EpochRows:
             return self._stream.read(start, num_tokens)
         parts = self._stream.read(start, until_end), self._stream.read(0, num_tokens - until_end)
         return np.concatenate(parts)
-
-
-def stable_hash(*parts: object) -> int:
-    """64 bits that depend on the parts alone, not on the process or the Python version."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
 
 
 class MixtureSource:

@@ -1,7 +1,9 @@
-"""Rows of tokens to a Batch, and which rows of a batch a process holds.
+"""Rows of tokens to a Batch, which rows a process holds, and the hash that seeds their order.
 
 What it is not: where rows come from. Called by `mixture.py`, `packing.py` and `source.py`.
 """
+
+import hashlib
 
 import numpy as np
 from jaxtyping import Int
@@ -43,3 +45,9 @@ def rows_to_batch(rows: Int[np.ndarray, "B T+1"], *, bos_id: int) -> Batch:
         segment_ids=(np.cumsum(is_bos, axis=1) + earlier).astype(np.int32),
         positions=(index - started).astype(np.int32),
     )
+
+
+def stable_hash(*parts: object) -> int:
+    """64 bits that depend on the parts alone, not on the process or the Python version."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
