@@ -26,6 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["easylm_jax", "easylm_jax.*"]),
+    package_data={"easylm_jax": ["*.jinja"]},  # the page of report.py
     install_requires=[
         "jax==0.10.2" + PY311,
         "jax==0.12.0.1" + PY312,

@@ -27,9 +27,8 @@ from easylm_jax.progress import format_duration
 
 MAX_PROMPTS = 12  # pairs of samples shown
 MAX_POINTS = 1000  # points drawn of one curve
+SHORT_SERIES = 60  # up to so many points every point is shown
 PAUSE_SECONDS = 1800  # a longer gap between two lines: nothing ran, the time does not count
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; report.html is put there.")
 
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
@@ -92,27 +91,32 @@ class Series(NamedTuple):
 
 
 class Known(NamedTuple):
-    """How a metric is called and written; `style` is one of number, percent, rate, bytes."""
+    """How a metric is called, written (`style`: number, count, short, percent, tiny) and framed.
+
+    `frame`: "fit" shows all; "zero" starts at zero, so that a steady speed looks steady; "falling"
+    lets the steep start leave the frame where it would flatten everything after it.
+    """
 
     title: str
     unit: str = ""
     style: str = "number"
+    frame: str = "fit"
 
 
-LOSS = Known("Loss", "nats per token")
+LOSS = Known("Loss", "nats per token", frame="falling")
 TRAINING = {
-    "train/learning_rate": Known("Learning rate", style="small"),
+    "train/learning_rate": Known("Learning rate", style="tiny"),
     "train/grad_norm": Known("Gradient norm"),
     "train/accuracy": Known("Next-token accuracy", style="percent"),
 }
 SPEED = {
-    "perf/tokens_per_s": Known("Throughput", "tokens/s", "count"),
-    "perf/mfu": Known("Model FLOPs utilisation", "of peak", "percent"),
-    "perf/data_wait_share": Known("Waiting for data", "of the time", "percent"),
-    "perf/memory_gb": Known("Memory", "GB", "short"),
+    "perf/tokens_per_s": Known("Throughput", "tokens/s", "count", "zero"),
+    "perf/mfu": Known("Model FLOPs utilisation", "of peak", "percent", "zero"),
+    "perf/data_wait_share": Known("Waiting for data", "of the time", "percent", "zero"),
+    "perf/memory_gb": Known("Memory", "GB", "short", "zero"),
 }
 HELD_OUT = {
-    "bits_per_byte": Known("Bits per byte"),
+    "bits_per_byte": Known("Bits per byte", frame="falling"),
     "loss": LOSS,
     "accuracy": Known("Accuracy", style="percent"),
 }
@@ -143,7 +147,7 @@ def page_contents(
         "tiles": list(_tiles(series, held_out, seconds=seconds, pauses=pauses)),
         "loss": _loss_plot(series),
         "training": _plots(series, TRAINING),
-        "held_out": list(_held_out_plots(held_out)),
+        "held_out": _held_out_plots(held_out),
         "held_out_table": _held_out_table(held_out),
         "speed": _plots(series, SPEED),
         "speed_facts": list(_speed_facts(series)),
@@ -187,17 +191,18 @@ def active_time(times: Sequence[float]) -> tuple[float, int]:
 
 
 def find_spikes(loss: Series, *, window: int = 30) -> np.ndarray:
-    """Steps where the loss was not finite, or far above the median of the `window` before it."""
+    """Steps where the loss turns not finite, or jumps far above the median of the points before."""
     finite = np.isfinite(loss.values)
-    steps, values = loss.steps[finite], loss.values[finite]
-    bad = list(loss.steps[~finite])
+    bad = ~finite
+    values = loss.values[finite]
     if len(values) > window:
         before = np.lib.stride_tricks.sliding_window_view(values[:-1], window)
         median = np.median(before, axis=1)
-        spread = 1.4826 * np.median(np.abs(before - median[:, None]), axis=1)
+        spread = 1.4826 * np.median(np.abs(before - median[:, None]), axis=1)  # as a deviation
         limit = median + np.maximum(8 * spread, 0.1 * np.abs(median))
-        bad += list(steps[window:][values[window:] > limit])
-    return np.array(sorted(bad))
+        bad[np.flatnonzero(finite)[window:]] = values[window:] > limit
+    begins = bad & ~np.concatenate([[False], bad[:-1]])
+    return loss.steps[begins]
 
 
 def _tiles(series, held_out, *, seconds: float, pauses: int) -> Iterator[dict[str, str]]:
@@ -213,7 +218,8 @@ def _tiles(series, held_out, *, seconds: float, pauses: int) -> Iterator[dict[st
         yield {"label": "Tokens seen", "value": amount(tokens)}
     if "model/parameters" in series:
         parameters = series["model/parameters"].values[-1]
-        note = f"{tokens / parameters:,.1f} tokens per parameter" if tokens else ""
+        ratio = tokens / parameters
+        note = f"{ratio:,.1f} tokens per parameter" if ratio >= 0.1 else ""
         yield {"label": "Parameters", "value": amount(parameters), "note": note}
     if seconds:
         note = {0: "", 1: "one pause left out"}.get(pauses, f"{pauses} pauses left out")
@@ -226,9 +232,11 @@ def _tiles(series, held_out, *, seconds: float, pauses: int) -> Iterator[dict[st
 
 
 def _change_tile(label: str, one: Series, unit: str, *, hero: bool = False) -> dict[str, Any]:
-    first, last = one.values[0], one.values[-1]
-    note = f"from {first:.2f} at step {count(one.steps[0])}" if len(one.steps) > 1 else ""
-    return {"label": label, "value": f"{last:.2f}", "unit": unit, "note": note, "hero": hero}
+    steps, values = (part[np.isfinite(one.values)] for part in one)
+    if len(values) == 0:
+        return {"label": label, "value": "not finite"}
+    note = f"from {values[0]:.2f} at step {count(steps[0])}" if len(values) > 1 else ""
+    return {"label": label, "value": f"{values[-1]:.2f}", "unit": unit, "note": note, "hero": hero}
 
 
 def tokens_seen(series: Mapping[str, Series]) -> float:
@@ -239,45 +247,65 @@ def tokens_seen(series: Mapping[str, Series]) -> float:
 
 
 def _loss_plot(series: Mapping[str, Series]) -> dict[str, Any] | None:
+    """The one plot over the whole width; `narrow` is the same for a phone."""
     loss = series.get("train/loss")
-    if loss is None or len(loss.steps) < 2:
+    if loss is None or not _is_curve(loss):
         return None
     spikes = find_spikes(loss)
     guard = series.get("guard/skipped")
     skipped = guard.steps[guard.values > 0] if guard else np.array([])
-    plot = _plot("Training loss", LOSS, {"": loss}, spikes=spikes, skipped=skipped)
-    wide = draw([loss], LOSS.style, inches=(10.4, 3.4), spikes=spikes, skipped=skipped)
-    return plot | {"wide": wide, "num_spikes": len(spikes), "num_skipped": len(skipped)}
-
-
-def _plots(series: Mapping[str, Series], known: Mapping[str, Known]) -> list[dict[str, Any]]:
-    return [
-        _plot(k.title, k, {"": series[key]})
-        for key, k in known.items()
-        if key in series and np.isfinite(series[key].values).sum() > 1
-    ]
-
-
-def _plot(title: str, known: Known, named: Mapping[str, Series], **marks) -> dict[str, Any]:
-    """One plot with its heading: the last value of a single series, or a legend of several."""
-    lines = list(named.values())
-    values = lines[0].values[np.isfinite(lines[0].values)]
-    single = len(lines) == 1
+    marks = dict(spikes=spikes, skipped=skipped)
+    trend = smooth(loss)  # heading and tile say the same
     return {
-        "title": title,
-        "unit": known.unit,
-        "last": write_number(values[-1], known.style) if single else "",
-        "legend": list(named) if any(named) else [],
-        "svg": draw(lines, known.style, inches=(5.2, 2.5), **marks),
+        **_heading(LOSS._replace(title="Training loss"), {"": trend}),
+        "svg": draw([loss], LOSS, inches=(10.4, 3.4), **marks),
+        "narrow": draw([loss], LOSS, inches=(4.6, 2.8), **marks),
+        "num_spikes": len(spikes),
+        "num_skipped": len(skipped),
     }
 
 
-def _held_out_plots(held_out: Mapping[str, Mapping[str, Series]]) -> Iterator[dict[str, Any]]:
-    for quantity in _quantities(held_out):
-        named = {n: q[quantity] for n, q in held_out.items() if quantity in q}
-        if any(np.isfinite(s.values).sum() > 1 for s in named.values()):
-            known = HELD_OUT.get(quantity, Known(quantity))
-            yield _plot(known.title, known, named)
+def _plots(series: Mapping[str, Series], known: Mapping[str, Known]) -> list[dict[str, Any]]:
+    return _grid([(k, {"": series[key]}) for key, k in known.items() if key in series])
+
+
+def _held_out_plots(held_out: Mapping[str, Mapping[str, Series]]) -> list[dict[str, Any]]:
+    return _grid(
+        [
+            (
+                HELD_OUT.get(quantity, Known(quantity)),
+                {name: q[quantity] for name, q in held_out.items() if quantity in q},
+            )
+            for quantity in _quantities(held_out)
+        ]
+    )
+
+
+def _grid(plots: Sequence[tuple[Known, Mapping[str, Series]]]) -> list[dict[str, Any]]:
+    """Plots for a grid of two or three columns; what is not yet a curve is left out."""
+    plots = [
+        (known, {name: one for name, one in named.items() if np.isfinite(one.values).any()})
+        for known, named in plots
+        if any(map(_is_curve, named.values()))
+    ]
+    inches = (5.0, 2.5) if len(plots) in (1, 2, 4) else (4.1, 2.3)  # as in the template
+    return [
+        {**_heading(known, named), "svg": draw(list(named.values()), known, inches=inches)}
+        for known, named in plots
+    ]
+
+
+def _is_curve(series: Series) -> bool:
+    return np.isfinite(series.values).sum() > 1
+
+
+def _heading(known: Known, named: Mapping[str, Series]) -> dict[str, Any]:
+    """Title, unit and a legend; a single series has its last value instead of the legend."""
+    if list(named) == [""]:
+        legend, last = [], write_number(named[""].values[-1], known.style)
+    else:
+        legend, last = list(named), ""
+    return {"title": known.title, "unit": known.unit, "last": last, "legend": legend}
 
 
 def _quantities(held_out: Mapping[str, Mapping[str, Series]]) -> list[str]:
@@ -317,9 +345,9 @@ def _source_table(series: Mapping[str, Series]) -> list[dict[str, Any]]:
     """Tokens drawn from each source so far and how often the source was gone through."""
     names = [k[len("data/") : -len("/tokens")] for k in series if re.fullmatch("data/.+/tokens", k)]
     tokens = {name: series[f"data/{name}/tokens"].values[-1] for name in names}
-    total = sum(tokens.values()) or 1.0
+    total = sum(tokens.values())
     rows = []
-    for name in sorted(names, key=tokens.get, reverse=True):
+    for name in sorted(names, key=tokens.get, reverse=True) if total else []:
         epochs = series.get(f"data/{name}/epochs")
         rows.append(
             {
@@ -336,7 +364,8 @@ def _sample_pairs(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per prompt the first and the last continuation; one of them if there is only one step."""
     by_prompt: dict[str, dict[int, str]] = {}
     for sample in samples:
-        text = sample["text"].removeprefix(sample["prompt"])
+        text = sample["text"].removeprefix(sample["prompt"]).strip("\n")
+        text = re.sub("^ (?! )", "", text)  # the blank between prompt and text, but no indentation
         by_prompt.setdefault(sample["prompt"], {}).setdefault(sample["step"], text)
     return [
         {
@@ -407,15 +436,23 @@ def write_number(value: float, style: str) -> str:
         return count(value)
     if style == "short":
         return f"{value:.1f}"
-    if style == "small" or 0 < abs(value) < 0.01 or abs(value) >= 10000:
-        return f"{value:.3g}"
+    if style == "tiny" or 0 < abs(value) < 0.001 or abs(value) >= 100_000:
+        return _scientific(value)
     return f"{value:.3f}"
+
+
+def _scientific(value: float) -> str:
+    """3e-4 rather than 0.0003 or 3e-04."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
 def _tick(value: float, style: str) -> str:
     """The shortest text of an axis tick."""
     if style == "percent":
         return f"{100 * value:.4g} %"
+    if style == "tiny":
+        return _scientific(value)
     for limit, suffix in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= limit:
             divisor = 1e3 if suffix == " k" else limit
@@ -426,16 +463,20 @@ def _tick(value: float, style: str) -> str:
 # ---------------------------------------------------------------------------- curves
 
 
-def smooth(series: Series) -> Series:
-    """Centred moving average over about 1/30 of the run, narrower towards both ends."""
+def smooth(series: Series, *, max_points: int = 400) -> Series:
+    """Centred moving median over 1/30 of the run; a median, as one spike must not become a hump.
+
+    Towards the steep start the window narrows, at the end it is cut. Short series stay as they are.
+    """
     finite = np.isfinite(series.values)
     steps, values = series.steps[finite], series.values[finite]
-    if len(values) == 0:
-        return series
-    index = np.arange(len(values))
-    half = np.minimum(max(1, len(values) // 60), np.minimum(index, index[::-1]))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return Series(steps, (total[index + half + 1] - total[index - half]) / (2 * half + 1))
+    n = len(values)
+    if n <= SHORT_SERIES:
+        return Series(steps, values)
+    at = np.unique(np.linspace(0, n - 1, min(n, max_points)).round().astype(int))
+    half = np.minimum(max(1, n // 60), at)
+    medians = [np.median(values[i - h : i + h + 1]) for i, h in zip(at, half, strict=True)]
+    return Series(steps[at], np.array(medians))
 
 
 def thin(series: Series, *, max_points: int = MAX_POINTS) -> Series:
@@ -461,7 +502,7 @@ _LINES, (_MUTED, _RULE, _WARN) = list(_COLOURS)[:6], list(_COLOURS)[6:]
 
 def draw(
     lines: Sequence[Series],
-    style: str,
+    known: Known,
     *,
     inches: tuple[float, float],
     spikes: Sequence[int] = (),
@@ -469,43 +510,56 @@ def draw(
 ) -> Any:
     """Curves over steps as inline SVG without any text but numbers; safe to put into the page.
 
-    A single long series is drawn faint under its moving average; the axis then fits the average
-    and nearly all of the rest, and what sticks out of the frame is clipped.
+    A single long series is drawn faint under its moving median.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     finite = [Series(s.steps[m], s.values[m]) for s in lines if (m := np.isfinite(s.values)).any()]
+    is_noisy = len(finite) == 1 and len(finite[0].steps) > SHORT_SERIES
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=inches, layout="constrained")
         axes = figure.add_subplot()
-        is_noisy = len(finite) == 1 and len(finite[0].steps) > 60
         for i, one in enumerate(finite):
             colour, dashes = _LINES[i % 6], ("-", "--", ":")[i // 6 % 3]
             if is_noisy:
-                axes.plot(*thin(one), color=colour, alpha=0.28, linewidth=0.7)
-                axes.plot(*thin(smooth(one)), color=colour, linewidth=1.6)
-            else:
-                marker = "o" if len(one.steps) <= 25 else ""
-                axes.plot(*thin(one), dashes, color=colour, linewidth=1.6, marker=marker, ms=2.6)
-        if is_noisy:
-            edges = np.concatenate(
-                [smooth(finite[0]).values, np.quantile(finite[0].values, [0.005, 0.99])]
-            )
-            margin = 0.06 * (edges.max() - edges.min()) or 0.05 * abs(edges[0]) or 1.0
-            axes.set_ylim(edges.min() - margin, edges.max() + margin)
-        _mark(axes, spikes, at=1.0, marker="v")
-        _mark(axes, skipped, at=0.0, marker="x")
-        _dress(axes, style)
+                axes.plot(*thin(one), color=colour, alpha=0.3, linewidth=0.7)
+                one = smooth(one)
+            marker = "o" if len(one.steps) <= 25 else ""
+            axes.plot(*thin(one), dashes, color=colour, linewidth=1.6, marker=marker, ms=2.6)
+        axes.set_ylim(*frame(finite, known.frame))
+        for steps, height, marker in ((spikes, 1.0, "v"), (skipped, 0.0, "x")):
+            if len(steps):
+                _mark(axes, steps, height=height, marker=marker)
+        _dress(axes, known.style)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     return _inline(file.getvalue())
 
 
-def _mark(axes: Any, steps: Sequence[int], *, at: float, marker: str) -> None:
+def frame(lines: Sequence[Series], kind: str) -> tuple[float, float]:
+    """Lower and upper end of the axis; see `Known`. Rare outliers of long series are cut off."""
+    steps, values = (np.concatenate(parts) for parts in zip(*lines, strict=True))
+    if len(values) > SHORT_SERIES:
+        trend = np.concatenate([smooth(one).values for one in lines])
+        outer = np.quantile(values, [0.002, 0.998])
+        low, high = min(trend.min(), outer[0]), max(trend.max(), outer[1])
+    else:
+        low, high = values.min(), values.max()
+    if kind == "zero":
+        low = min(0.0, low)
+    if kind == "falling":
+        late = values[steps >= steps.min() + 0.04 * (steps.max() - steps.min())]
+        outer = np.quantile(late, [0.0, 0.998])
+        if high - low > 2 * (outer[1] - outer[0]) > 0:
+            high = outer[1]
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return (low if kind == "zero" and low == 0 else low - margin), high + margin
+
+
+def _mark(axes: Any, steps: Sequence[int], *, height: float, marker: str) -> None:
     """Marks on the upper (1.0) or lower (0.0) edge of the frame."""
-    across = axes.get_xaxis_transform()
-    heights = np.full(len(steps), at)
+    heights, across = np.full(len(steps), height), axes.get_xaxis_transform()
     axes.plot(steps, heights, marker, color=_WARN, ms=4.5, transform=across, clip_on=False)
 
 
@@ -518,8 +572,8 @@ def _dress(axes: Any, style: str) -> None:
     axes.grid(axis="y", color=_RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelcolor=_MUTED, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, "number")))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, style)))
     axes.margins(x=0.015)
@@ -543,14 +597,13 @@ def _inline(svg: str) -> Any:
 # ---------------------------------------------------------------------------- command line
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def main(workdir: str) -> None:
     try:
-        print(write_report(_WORKDIR.value))
+        print(write_report(workdir))
     except (ValueError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
-    app.run(main)
+if __name__ == "__main__":  # the flag as well: train.py, which imports this file, has its own
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    app.run(lambda argv: main(_WORKDIR.value))
