@@ -47,15 +47,13 @@ def read_documents(
 ) -> Iterator[Document]:
     """Documents of the files that the globs `paths` match.
 
-    `counts` gains "documents" and "bytes" of what was yielded, "empty" documents left out, and with
-    `on_bad_line="skip"` one count for each reason to skip; with "error" the first one is raised.
+    `counts` gains what was left out: "empty" documents, and with `on_bad_line="skip"` the bad ones
+    by reason; with "error" the first bad one is raised.
     """
     for file in match_files(paths):
         try:
             for document in _read_file(file, text_field, on_bad_line, counts):
                 if document.text.strip():
-                    counts["documents"] += 1
-                    counts["bytes"] += len(document.text.encode())
                     yield document
                 else:
                     counts["empty"] += 1

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 
 from easylm_jax.batch import Batch
-from easylm_jax.data.rows import process_rows, rows_to_batch, stable_hash
+from easylm_jax.data.rows import rows_to_batch, stable_hash
 from easylm_jax.data.token_store import TokenStream
 
 SHARE_BITS = 64  # shares are fractions of 2**64, in Python's exact integers
@@ -120,8 +120,7 @@ class MixtureSource:
         seq_len: int,
         seed: int,
         max_epochs: float,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int],
     ):
         self._interleave = Interleave(weights)
         self._rows = [
@@ -130,7 +129,7 @@ class MixtureSource:
         ]
         self._bos_id = next(iter(streams.values())).info.bos_id
         self._batch_size, self._seq_len, self._max_epochs = batch_size, seq_len, max_epochs
-        self._mine = process_rows(batch_size, process_index, process_count)
+        self._mine = rows
         self._step = 0
         self._warned: set[str] = set()
         sizes = [(name, weights[name], streams[name].num_tokens) for name in self._interleave.names]
@@ -149,8 +148,8 @@ class MixtureSource:
         counts = self._interleave.counts(self._step * self._batch_size)
         for name, rows, count in zip(self._interleave.names, self._rows, counts, strict=True):
             epochs = count / rows.rows_per_epoch
-            metrics[f"data/tokens/{name}"] = float(count * self._seq_len)
-            metrics[f"data/epochs/{name}"] = epochs
+            metrics[f"data/{name}/tokens"] = float(count * self._seq_len)
+            metrics[f"data/{name}/epochs"] = epochs
             if epochs > self._max_epochs and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from easylm_jax.batch import Batch
-from easylm_jax.data.rows import process_rows, stable_hash
+from easylm_jax.data.rows import stable_hash
 
 Strategy = Literal["stream", "best_fit", "padded"]
 TooLong = Literal["cut", "drop"]
@@ -170,12 +170,11 @@ class PackedSource:
         batch_size: int,
         seq_len: int,
         seed: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int],
     ):
         self._examples, self._seed = examples, seed
         self._batch_size, self._seq_len = batch_size, seq_len
-        self._mine = process_rows(batch_size, process_index, process_count)
+        self._mine = rows
         self._packer = Packer(strategy, seq_len=seq_len, too_long=too_long, window=window)
         self._position = 0  # examples read so far
         self._made_of = f"{stable_hash(len(examples), strategy, too_long, window, seq_len, seed):x}"
@@ -209,6 +208,8 @@ class PackedSource:
         epoch, index = divmod(position, len(self._examples))
         order = grain.MapDataset.range(len(self._examples))
         return order.shuffle(seed=stable_hash(self._seed, epoch) >> 32)[index]
+
+    tokens_per_epoch = None  # examples are tokenised as they come
 
     def state(self) -> dict[str, Any]:
         packed = {"kind": "packed", "position": self._position, "made_of": self._made_of}

@@ -1,4 +1,4 @@
-"""Rows of tokens to a Batch, which rows a process holds, and the hash that seeds their order.
+"""Rows of tokens to a Batch, and the hash that seeds their order.
 
 What it is not: where rows come from. Called by `mixture.py`, `packing.py` and `source.py`.
 """
@@ -9,17 +9,6 @@ import numpy as np
 from jaxtyping import Int
 
 from easylm_jax.batch import Batch
-
-
-def process_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of the global batch that process `process_index` of `process_count` holds."""
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} cannot be split over {process_count} processes: make it a "
-            f"multiple of {process_count}"
-        )
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
 
 
 def rows_to_batch(rows: Int[np.ndarray, "B T+1"], *, bos_id: int) -> Batch:

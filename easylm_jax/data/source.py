@@ -24,7 +24,7 @@ from easylm_jax.data.packing import (
     lay_out,
     pack_all,
 )
-from easylm_jax.data.rows import process_rows, rows_to_batch
+from easylm_jax.data.rows import rows_to_batch
 from easylm_jax.data.token_store import TokenStream, open_tokens
 from easylm_jax.text.example import document_example, encode_example
 from easylm_jax.text.tokenizer import Tokenizer
@@ -35,6 +35,10 @@ class Source(Protocol):
 
     def next(self) -> tuple[Batch, dict[str, float]]:
         """This process's rows of the next batch (NumPy), and metrics of the data so far."""
+
+    @property
+    def tokens_per_epoch(self) -> int | None:
+        """Tokens of one pass over everything, in proportion; None where nobody has counted."""
 
     def state(self) -> dict[str, Any]:
         """JSON-able; the same on every process; independent of their number."""
@@ -69,16 +73,17 @@ def make_source(
     batch_size: int,
     seq_len: int,
     tokenizer: Tokenizer,
-    process_index: int,
-    process_count: int,
+    rows: Sequence[int],
 ) -> Source:
-    """The training source of `cfg`; `batch_size` counts the rows of all processes together."""
+    """The training source of `cfg`: of each batch of `batch_size` rows, those numbered `rows`.
+
+    A process asks for the rows that its devices hold; the batch does not depend on who asks.
+    """
     shape = {
         "batch_size": batch_size,
         "seq_len": seq_len,
         "seed": cfg.seed,
-        "process_index": process_index,
-        "process_count": process_count,
+        "rows": rows,
     }
     if _is_prepared(cfg):
         streams = _open_streams(cfg, "train", tokenizer)
@@ -96,8 +101,7 @@ def heldout_batches(
     batch_size: int,
     seq_len: int,
     tokenizer: Tokenizer,
-    process_index: int,
-    process_count: int,
+    rows: Sequence[int],
     source: str | None = None,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
@@ -106,7 +110,7 @@ def heldout_batches(
     All sources of a prepared `root` one after another, or only `source`; else `heldout_files`. The
     last batch is padded with segment 0. `max_batches` takes that many, spread evenly over the rows.
     """
-    rows: Sequence[Any]
+    everything: Sequence[Any]
     if _is_prepared(cfg):
         streams = _open_streams(cfg, "validation", tokenizer)
         names = streams if source is None else [_known_name(source, streams)]
@@ -115,20 +119,20 @@ def heldout_batches(
             for name in names
             for start in range(0, streams[name].num_tokens - 1, seq_len)
         ]
-        rows = _evenly(spans, batch_size, max_batches)
+        everything = _evenly(spans, batch_size, max_batches)
     else:
         examples = _FileExamples(cfg.heldout_files, cfg, tokenizer) if cfg.heldout_files else ()
         packed = pack_all(map(Piece._make, examples), strategy=cfg.packing, seq_len=seq_len)
-        rows = _evenly(packed, batch_size, max_batches)
-    mine = process_rows(batch_size, process_index, process_count)
+        everything = _evenly(packed, batch_size, max_batches)
 
     def make(batch_rows: Sequence[Any]) -> Batch:
-        taken = [batch_rows[i] if i < len(batch_rows) else None for i in mine]
+        taken = [batch_rows[i] if i < len(batch_rows) else None for i in rows]
         if _is_prepared(cfg):
             return _cut_spans(taken, seq_len, tokenizer.bos_id)
         return lay_out([row or [] for row in taken], seq_len)
 
-    return (make(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size))
+    starts = range(0, len(everything), batch_size)
+    return (make(everything[i : i + batch_size]) for i in starts)
 
 
 def source_names(root: str) -> list[str]:

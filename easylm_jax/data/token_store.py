@@ -19,8 +19,9 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class StoreInfo:
     text_bytes: dict[str, int]
     tokens: dict[str, int]
     origin: str  # hash of what the store was made from
+    left_out: dict[str, int]  # documents not used, by reason
 
 
 def write_store(
@@ -64,12 +66,14 @@ def write_store(
     tokenizer: Tokenizer,
     validation_fraction: float,
     origin: str = "",
+    left_out: Mapping[str, int] = MappingProxyType({}),
     block_tokens: int = BLOCK_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> StoreInfo:
     """Write the store of one source; `progress` gets the bytes of text tokenised and in all.
 
-    All is written under a temporary name and renamed at the end.
+    All is written under a temporary name and renamed at the end. `left_out` is only recorded, after
+    all documents have been read, so it may be what their reader counts.
     """
     final = epath.Path(folder)
     partial = final.parent / f"{final.name}.tmp"
@@ -83,7 +87,7 @@ def write_store(
         while batch := list(itertools.islice(shuffled, ENCODE_DOCUMENTS)):
             done_bytes += writer.add(batch)
             progress(done_bytes, total_bytes)
-    info = writer.finish(origin)
+    info = writer.finish(origin, dict(left_out))
     content = json.dumps(dataclasses.asdict(info), indent=2)
     (partial / "store.json").write_text(content)
     partial.rename(final)
@@ -197,7 +201,7 @@ class _StoreWriter:
             self._tokens.write(split, {"tokens": block})
         self._pending[split] = tokens[whole:]
 
-    def finish(self, origin: str) -> StoreInfo:
+    def finish(self, origin: str, left_out: dict[str, int]) -> StoreInfo:
         for split in SPLITS:
             if len(self._pending[split]):
                 self._tokens.write(split, {"tokens": self._pending[split]})
@@ -210,6 +214,7 @@ class _StoreWriter:
             eos_id=self._tokenizer.eos_id,
             block_tokens=self._block_tokens,
             origin=origin,
+            left_out=left_out,
             **self._counts,
         )
 

@@ -49,7 +49,7 @@ def test_texts_survive_compression_line_ends_and_a_byte_order_mark(
     found, counts = _read(tmp_path / "*.jsonl*")
     assert [d.text for d in found] == texts
     assert [d.meta for d in found] == [{"id": i} for i in range(60)]
-    assert counts == {"documents": 60, "bytes": sum(len(t.encode()) for t in texts)}
+    assert counts == {}
 
 
 def test_plain_text_is_one_document_and_globs_are_sorted(tmp_path):
@@ -82,7 +82,7 @@ def test_a_bad_line_is_named_or_counted(tmp_path, reason):
     assert "\n" not in str(caught.value)
     found, counts = _read(path, on_bad_line="skip")
     assert [d.text for d in found] == ["one", "two"]
-    assert counts == {"documents": 2, "bytes": 6, "empty": 1, reason: 1}
+    assert counts == {"empty": 1, reason: 1}
 
 
 def test_a_missing_field_names_those_present(tmp_path):
@@ -107,6 +107,18 @@ def test_a_truncated_file_is_never_taken_for_a_whole_one(tmp_path, suffix):
         assert counts["damaged file"] == 1
         read = [d.text for d in found]
         assert read[-1] == "the next file" and read[:-1] == texts[: len(read) - 1]
+
+
+def test_damage_inside_a_file_is_named(tmp_path):
+    content = bytearray(gzip.compress(_jsonl([random.Random(4).randbytes(9000).hex()])))
+    content[len(content) // 2] ^= 255
+    (tmp_path / "x.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        _read(tmp_path / "x.jsonl.gz")
+    content[5:3000] = bytes(2995)
+    (tmp_path / "x.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        _read(tmp_path / "x.jsonl.gz")
 
 
 @pytest.mark.parametrize("name", ["g.jsonl", "g.txt", "g.jsonl.gz", "g.jsonl.zst", "g.txt.zst"])
