@@ -140,7 +140,7 @@ def test_plots_follow_the_page_in_light_and_dark(realistic):
 
 def test_what_is_missing_is_left_out(tmp_path):
     log = metrics.MetricLog(tmp_path)
-    log.write(0, {"train/loss": 10.0})
+    log.write(0, {"train/loss": 10.0, "data/web/tokens": 0.0})
     log.close()
     one = Page(report.write_report(tmp_path).read_text())
     assert "Training loss 10.00 nats per token" in one.text and "svg" not in one.tags
