@@ -39,8 +39,7 @@ def test_prepared_data_trains_and_its_counts_are_true(cfg, tmp_path):
     out = str(tmp_path / "out")
     infos = prepare(from_config_dict(PrepareConfig, as_config_dict(cfg)), out)
     tokenizer = load_tokenizer(f"{out}/tokenizer")
-    shape = {"batch_size": 4, "seq_len": 32, "tokenizer": tokenizer}
-    shape |= {"process_index": 0, "process_count": 1}
+    shape = {"batch_size": 4, "seq_len": 32, "tokenizer": tokenizer, "rows": range(4)}
     batch, _ = make_source(DataConfig(root=out), **shape).next()
     assert batch.tokens.shape == (4, 32)
     sizes = tokenizer.token_bytes()
