@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import app, logging
 from ml_collections import ConfigDict, config_dict
 
 T = TypeVar("T")
@@ -115,5 +115,5 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             print(f"error: unknown or wrong setting on the command line: {words}", file=sys.stderr)
             sys.exit(2)
 
-    flags.FLAGS.set_default("logtostderr", True)
+    logging.set_verbosity(logging.WARNING)  # `--verbosity=0` shows what the libraries tell
     app.run(guarded, flags_parser=parse)

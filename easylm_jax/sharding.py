@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -76,6 +77,33 @@ def sharding_table(tree: Any, mesh: Mesh, rules: Rules) -> str:
         shard = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         lines.append(f"{name:50s} {str(leaf.shape):24s} {str(sharding.spec):40s} {shard:>14,} B")
     return "\n".join(lines)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch of `batch_size` rows that this process's devices hold, in order."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in held for row in range(*rows.indices(batch_size))})
+
+
+def to_global(tree: Any, mesh: Mesh, batch_size: int) -> Any:
+    """This process's rows (NumPy, those of `local_rows`) as arrays over the whole mesh.
+
+    [B, T] arrays are split over rows and sequence; other arrays whose first dim is B over rows.
+    """
+    place = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
+
+    def leaf_to_global(local: np.ndarray) -> Array:
+        spec = BATCH_SPEC if local.ndim == 2 else P(BATCH_AXES)
+        shape = (batch_size, *local.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            rows = [place[row] for row in range(*index[0].indices(batch_size))]
+            return local[(rows, *index[1:])]
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+    return jax.tree.map(leaf_to_global, tree)
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:

@@ -14,7 +14,7 @@ integer, and a run may continue with another number of processes.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
@@ -123,13 +123,14 @@ class MixtureSource:
         rows: Sequence[int],
     ):
         self._interleave = Interleave(weights)
-        self._rows = [
+        self._epochs = [
             EpochRows(streams[name], name, seq_len=seq_len, seed=seed)
             for name in self._interleave.names
         ]
         self._bos_id = next(iter(streams.values())).info.bos_id
         self._batch_size, self._seq_len, self._max_epochs = batch_size, seq_len, max_epochs
-        self._mine = rows
+        self._rows = rows
+        self.tokens_per_epoch = sum(streams[name].num_tokens for name in self._interleave.names)
         self._step = 0
         self._warned: set[str] = set()
         sizes = [(name, weights[name], streams[name].num_tokens) for name in self._interleave.names]
@@ -137,8 +138,8 @@ class MixtureSource:
 
     def next(self) -> tuple[Batch, dict[str, float]]:
         first = self._step * self._batch_size
-        picks = [self._interleave.source_row(first + i) for i in self._mine]
-        rows = np.stack([self._rows[source].read(number) for source, number in picks])
+        picks = [self._interleave.source_row(first + i) for i in self._rows]
+        rows = np.stack([self._epochs[source].read(number) for source, number in picks])
         self._step += 1
         return rows_to_batch(rows, bos_id=self._bos_id), self._metrics()
 
@@ -146,7 +147,7 @@ class MixtureSource:
         """Tokens and epochs each source has given so far, over all processes."""
         metrics = {}
         counts = self._interleave.counts(self._step * self._batch_size)
-        for name, rows, count in zip(self._interleave.names, self._rows, counts, strict=True):
+        for name, rows, count in zip(self._interleave.names, self._epochs, counts, strict=True):
             epochs = count / rows.rows_per_epoch
             metrics[f"data/{name}/tokens"] = float(count * self._seq_len)
             metrics[f"data/{name}/epochs"] = epochs

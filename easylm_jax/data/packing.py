@@ -174,7 +174,7 @@ class PackedSource:
     ):
         self._examples, self._seed = examples, seed
         self._batch_size, self._seq_len = batch_size, seq_len
-        self._mine = rows
+        self._rows = rows
         self._packer = Packer(strategy, seq_len=seq_len, too_long=too_long, window=window)
         self._position = 0  # examples read so far
         self._made_of = f"{stable_hash(len(examples), strategy, too_long, window, seq_len, seed):x}"
@@ -190,7 +190,7 @@ class PackedSource:
             "data/examples_cut": float(self._packer.counts["cut"]),
             "data/examples_dropped": float(self._packer.counts["dropped"]),
         }
-        return lay_out([rows[i] for i in self._mine], self._seq_len), metrics
+        return lay_out([rows[i] for i in self._rows], self._seq_len), metrics
 
     def _fill(self) -> None:
         for position in itertools.count(self._position):

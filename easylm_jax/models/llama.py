@@ -21,6 +21,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
@@ -138,9 +139,9 @@ def rms_norm(x: Float[Array, "*R D"], scale: Float[Array, " D"], eps: float) -> 
     return (x32 * inverse * scale).astype(x.dtype)
 
 
-def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
-    """Radians per position of each rotated pair: theta^(-2i/H), stretched if `rope_scaling`."""
-    pair = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
+def rope_frequencies(config: LlamaConfig) -> Float[np.ndarray, " half"]:
+    """Radians per position of each of the H/2 rotated pairs: theta^(-2i/H), stretched if asked."""
+    pair = np.arange(0, config.head_dim, 2, dtype=np.float64)  # constants: rounded once, at the end
     freq = config.rope_theta ** (-pair / config.head_dim)
     if (scaling := config.rope_scaling) is None:
         return freq
@@ -148,15 +149,14 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
     # `factor`, those shorter than the old context / high_freq_factor are not, linear between.
     turns = scaling.original_max_position * freq / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
     return freq * (keep + (1 - keep) / scaling.factor)
 
 
 def rope_angles(positions: Tokens, config: LlamaConfig) -> tuple[Array, Array]:
     """cos and sin [B, T, 1, H/2] of the rotary angles (Su et al. 2021), float32."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config).reshape(
-        1, 1, 1, -1
-    )
+    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -219,7 +219,7 @@ class Embed(nn.Module):
         cfg = self.config
         init, shape = nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.d_model)
         table_VD = self.param("embedding", init, shape, cfg.param_dtype).astype(cfg.dtype)
-        # Gathered over fsdp like every kernel; each tensor shard looks up its part of the vocabulary.
+        # Gathered over fsdp like every kernel; each tensor shard looks up its own vocabulary.
         return jnp.take(constrain(table_VD, "tensor", None), tokens, axis=0)
 
 

@@ -44,9 +44,9 @@ def _expected(examples) -> Counter:
 def _source(examples, *, process_index=0, process_count=1, **kwargs):
     settings = {"strategy": "best_fit", "too_long": "cut", "window": 5, "batch_size": 12}
     settings |= {"seq_len": 16, "seed": 1} | kwargs
-    return PackedSource(
-        examples, process_index=process_index, process_count=process_count, **settings
-    )
+    share = settings["batch_size"] // process_count
+    rows = range(process_index * share, (process_index + 1) * share)
+    return PackedSource(examples, rows=rows, **settings)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

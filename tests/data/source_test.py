@@ -45,28 +45,13 @@ def files(tmp_path_factory):
     return (str(path),)
 
 
-def _make(cfg, *, process_index=0, process_count=1, tokenizer=TOKENIZER, seq_len=32):
-    return make_source(
-        cfg,
-        batch_size=4,
-        seq_len=seq_len,
-        tokenizer=tokenizer,
-        process_index=process_index,
-        process_count=process_count,
-    )
+def _make(cfg, *, tokenizer=TOKENIZER, seq_len=32):
+    return make_source(cfg, batch_size=4, seq_len=seq_len, tokenizer=tokenizer, rows=range(4))
 
 
-def _heldout(cfg, *, process_index=0, process_count=1, **kwargs):
-    shape = {"batch_size": 4, "seq_len": 32} | kwargs
-    return list(
-        heldout_batches(
-            cfg,
-            tokenizer=TOKENIZER,
-            process_index=process_index,
-            process_count=process_count,
-            **shape,
-        )
-    )
+def _heldout(cfg, **kwargs):
+    shape = {"batch_size": 4, "seq_len": 32, "rows": range(4)} | kwargs
+    return list(heldout_batches(cfg, tokenizer=TOKENIZER, **shape))
 
 
 def _targets(batches) -> list[int]:
@@ -110,10 +95,7 @@ def test_heldout_rows_split_over_processes(root, files, max_batches):
     for cfg in (DataConfig(root=root), DataConfig(files=files, heldout_files=files)):
         whole = _heldout(cfg, max_batches=max_batches)
         assert max_batches is None or len(whole) == max_batches
-        parts = [
-            _heldout(cfg, process_index=i, process_count=4, max_batches=max_batches)
-            for i in range(4)
-        ]
+        parts = [_heldout(cfg, rows=[i], max_batches=max_batches) for i in range(4)]
         for batch, *split in zip(whole, *parts, strict=True):
             for name in ARRAYS:
                 joined = np.concatenate([getattr(part, name) for part in split])
@@ -178,12 +160,12 @@ def test_an_error_in_the_thread_reaches_the_consumer(root):
 def test_weights_follow_the_tokens_when_none_are_given(root):
     _, metrics = _make(DataConfig(root=root)).next()
     assert set(metrics) == {
-        f"data/{kind}/{name}" for kind in ("tokens", "epochs") for name in ("books", "web")
+        f"data/{name}/{kind}" for kind in ("tokens", "epochs") for name in ("books", "web")
     }
     source = _make(DataConfig(root=root))
     for _ in range(12):
         _, metrics = source.next()
-    assert metrics["data/epochs/books"] == pytest.approx(metrics["data/epochs/web"], rel=0.1)
+    assert metrics["data/books/epochs"] == pytest.approx(metrics["data/web/epochs"], rel=0.1)
 
 
 def test_what_a_user_can_get_wrong_is_one_sentence(root, files, tmp_path):

@@ -1,0 +1,1 @@
+"""Evaluators: what a model is worth, measured on the mesh it is trained on."""

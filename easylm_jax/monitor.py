@@ -1,0 +1,102 @@
+"""Watches a training run: takes the metrics of each step one step late, logs and shows them.
+
+While the devices work on step n + 1, the results of step n are fetched; so the host never makes
+them wait. Called by `train.py` alone.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import Array
+
+from easylm_jax.metrics import MetricLog, Throughput, memory_stats
+from easylm_jax.optim import Schedule
+from easylm_jax.progress import Progress
+
+
+class BadLoss(ValueError):
+    """The guard is set to stop and a step was bad. The state is the one before it."""
+
+
+class Monitor:
+    """`push` after each step, `flush` before anything that takes time of its own."""
+
+    def __init__(
+        self,
+        log: MetricLog,
+        progress: Progress | None,
+        throughput: Throughput,
+        *,
+        schedule: Schedule,
+        log_every: int,
+        stop_on_bad_loss: bool,
+    ):
+        self._log, self._progress, self._throughput = log, progress, throughput
+        self._schedule, self._log_every = schedule, log_every
+        self._stop_on_bad_loss = stop_on_bad_loss
+        self._pending: tuple[int, Mapping[str, Array], Mapping[str, float]] | None = None
+        self._clock: float | None = None  # when the last step's results arrived; None: do not time
+        self._losses: list[float] = []
+        self._num_skipped = 0
+
+    def note(self, text: str) -> None:
+        """One line for the people watching."""
+        if self._progress is not None:
+            self._progress.note(text)
+
+    def push(self, step: int, metrics: Mapping[str, Array], data: Mapping[str, float]) -> None:
+        """Step number `step` was dispatched; report the one before it."""
+        self._report_pending()
+        self._pending = (step, metrics, data)
+
+    def flush(self) -> None:
+        """Report the last step now, and leave what follows out of the timing."""
+        self._report_pending()
+        self._clock = None
+
+    def _report_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics, data), self._pending = self._pending, None
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        if self._clock is not None:
+            self._throughput.add(now - self._clock, data["data/wait_seconds"])
+        self._clock = now
+        if math.isfinite(values["loss"]):
+            self._losses.append(values["loss"])
+        if values["skipped"]:
+            self._bad_step(step, values)
+        if step % self._log_every == 0:
+            self._write(step, values, data)
+        elif self._progress is not None:
+            self._progress.update(step)
+
+    def _write(self, step: int, values: dict[str, float], data: Mapping[str, float]) -> None:
+        """One row: means of the loss since the last row, the rest as of this step."""
+        speed = self._throughput.summary()
+        values = values | {"loss": _mean(self._losses), "learning_rate": self._schedule(step - 1)}
+        row: dict[str, Any] = {f"train/{k}": v for k, v in values.items() if k != "skipped"}
+        row |= {k: v for k, v in data.items() if k != "data/wait_seconds"}
+        row |= speed | memory_stats() | {"guard/skipped": self._num_skipped}
+        self._log.write(step, row)
+        if self._progress is not None:
+            self._progress.update(
+                step, loss=values["loss"], tokens_per_s=speed.get("perf/tokens_per_s")
+            )
+        self._losses, self._num_skipped = [], 0
+
+    def _bad_step(self, step: int, values: dict[str, float]) -> None:
+        self._num_skipped += 1
+        text = f"step {step:,} is bad: loss {values['loss']:.4g}, "
+        text += f"gradient norm {values['grad_norm']:.4g}; its update was not made"
+        if self._stop_on_bad_loss:
+            raise BadLoss(f"{text}, and guard.on_bad_loss = 'stop' ends the run")
+        self.note(text)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

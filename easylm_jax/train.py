@@ -1,0 +1,419 @@
+"""Train a model: `python -m easylm_jax.train --config=configs/... --workdir=...`
+
+Started again in the same workdir, a run goes on where it was; killed at any moment, it ends with
+the same parameters as if it had not been. `train` reads from top to bottom; the gradient is in
+`step.py`, the loss in `objectives.py`, the model in `models/llama.py`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from easylm_jax import workdir as run_files
+from easylm_jax.batch import check_batch
+from easylm_jax.checkpoint import Checkpointer, CheckpointError, Restored, restore_params
+from easylm_jax.config import from_config_dict, run_main
+from easylm_jax.data.prefetch import Prefetch
+from easylm_jax.data.source import DataConfig, heldout_batches, make_source
+from easylm_jax.evals.perplexity import evaluate, make_eval_sums
+from easylm_jax.mesh import DistributedConfig, check_batch_divides, make_mesh, start_processes
+from easylm_jax.metrics import MetricLog, Throughput, flops_per_token, peak_flops
+from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, init_params, make_forward
+from easylm_jax.monitor import BadLoss, Monitor
+from easylm_jax.objectives import cross_entropy
+from easylm_jax.optim import OptimConfig, make_optimizer, make_schedule, parse_duration
+from easylm_jax.progress import Progress
+from easylm_jax.sampler import generate, pad_prompts
+from easylm_jax.sharding import local_rows, to_global
+from easylm_jax.step import GuardConfig, train_step
+from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
+from easylm_jax.train_state import TrainState, abstract_state, init_state
+from easylm_jax.tree import num_elements
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep. The last step is always saved."""
+
+    every: str = "1000 steps"
+    keep_last: int = 2
+    milestone_every: int = 0  # steps; multiples of it are kept for ever; 0: none
+    on_failure: str = "continue"  # or "stop", when a checkpoint cannot be written
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss and samples, before the first step, every so often, and after the last."""
+
+    every: str = "1000 steps"
+    max_batches: int | None = None  # spread over the held-out text; None: all of it
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+    temperature: float = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    model: LlamaConfig
+    data: DataConfig
+    tokenizer: str  # "bytes", a sentencepiece .model, a tokenizer.json, or a folder with one
+    duration: str  # such as "250000 steps", "1T tokens", "2 epochs"
+    batch_size: int  # rows per step, over all devices
+    seq_len: int  # tokens per row
+    micro_batches: int = 1  # a step adds up the gradients of this many equal parts of its batch
+    optim: OptimConfig = OptimConfig()
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: str = "1,-1,1,1"  # replica,fsdp,sequence,tensor
+    distributed: DistributedConfig = DistributedConfig()
+    seed: int = 0
+    init_from: str | None = None  # a new run takes its parameters from this checkpoint
+    log_every: int = 10  # steps
+    peak_flops: float | None = None  # per device, for MFU; None: by the device's name, if known
+    profile: str = ""  # "100:105" traces these steps
+
+
+# What may change when a run is resumed, since it does not change what a step computes. Another
+# duration changes the rest of the schedule; that is what "go on for longer" means.
+FREE_TO_CHANGE = (
+    *("eval", "checkpoint", "mesh", "distributed", "log_every", "peak_flops", "profile"),
+    *("duration", "guard", "micro_batches", "model.remat", "model.layer_unroll"),
+    *("model.attention.implementation", "model.attention.block_q", "model.attention.block_k"),
+)
+
+
+def train(cfg: TrainConfig, workdir: str) -> None:
+    """The whole run. Every process of it calls this."""
+    start_processes(cfg.distributed)
+    is_first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if is_first:
+            stack.enter_context(run_files.lock(workdir))
+        stop_asked = stack.enter_context(_stop_signals(cfg.log_every))
+
+        # ---- mesh and data ----
+        mesh = make_mesh(cfg.mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+        micro_rows = _micro_rows(cfg)
+        check_batch_divides(mesh, rows=micro_rows, seq_len=cfg.seq_len)
+        tokenizer = load_tokenizer(cfg.tokenizer)
+        _check_vocabulary(cfg, tokenizer)
+        rows = local_rows(mesh, cfg.batch_size)
+        shape = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len, tokenizer=tokenizer, rows=rows)
+        source = make_source(cfg.data, **shape)
+        heldout = functools.partial(
+            heldout_batches, cfg.data, **shape, max_batches=cfg.eval.max_batches
+        )
+        heldout()  # fails now, not after an hour, if something is wrong with it
+        place = functools.partial(to_global, mesh=mesh, batch_size=cfg.batch_size)
+
+        # ---- durations, optimiser ----
+        tokens_per_step = cfg.batch_size * cfg.seq_len
+        units = dict(tokens_per_step=tokens_per_step, tokens_per_epoch=source.tokens_per_epoch)
+        total_steps = parse_duration(cfg.duration, **units)
+        eval_every = parse_duration(cfg.eval.every, total_steps=total_steps, **units)
+        save_every = parse_duration(cfg.checkpoint.every, total_steps=total_steps, **units)
+        schedule = make_schedule(
+            cfg.optim, total_steps=total_steps, tokens_per_step=tokens_per_step
+        )
+        optimizer = make_optimizer(cfg.optim, schedule)
+
+        # ---- state: the workdir's newest whole checkpoint, else init_from, else scratch ----
+        make_state = functools.partial(
+            init_state, functools.partial(init_params, cfg.model), optimizer, cfg.seed
+        )
+        abstract = abstract_state(make_state, mesh, PARAM_RULES)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        checkpoints = Checkpointer(
+            f"{workdir}/checkpoints",
+            keep_last=cfg.checkpoint.keep_last,
+            milestone_every=cfg.checkpoint.milestone_every,
+        )
+        stack.callback(checkpoints.close)
+        if checkpoints.latest_step() is not None:
+            _check_same_run(cfg, workdir)
+        if restored := checkpoints.restore_latest(abstract):
+            _check_same_tokenizer(restored.side["tokenizer"], tokenizer, workdir)
+            state, step = restored.state, restored.step
+            source.restore(restored.side["data"])
+        else:
+            state, step = jax.jit(make_state, out_shardings=shardings)(), 0
+            if cfg.init_from:
+                state = state.replace(params=restore_params(cfg.init_from, abstract.params))
+
+        # ---- the compiled step ----
+        forward = make_forward(cfg.model)
+        step_fn = jax.jit(
+            functools.partial(
+                train_step,
+                objective=cross_entropy(forward),
+                optimizer=optimizer,
+                num_micro_batches=cfg.micro_batches,
+                guard=cfg.guard,
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        eval_sums = jax.jit(make_eval_sums(forward, tokenizer.token_bytes()))
+
+        # ---- what is written and shown ----
+        log = MetricLog(workdir, enabled=is_first, resume_step=step if restored else -1)
+        stack.callback(log.close)
+        progress = stack.enter_context(contextlib.closing(Progress(total_steps, step)))
+        monitor = Monitor(
+            log,
+            progress if is_first else None,
+            Throughput(
+                tokens_per_step=tokens_per_step,
+                num_devices=mesh.size,
+                causal_flops_per_token=_flops_per_token(cfg),
+                peak=peak_flops(jax.devices()[0].device_kind, cfg.peak_flops),
+            ),
+            schedule=schedule,
+            log_every=cfg.log_every,
+            stop_on_bad_loss=cfg.guard.on_bad_loss == "stop",
+        )
+        if is_first:
+            run_files.record_start(
+                workdir,
+                dataclasses.asdict(cfg),
+                argv=sys.orig_argv,
+                save_tokenizer=tokenizer.save,
+            )
+        for line in _opening_lines(cfg, mesh.shape, abstract, restored, total_steps):
+            monitor.note(line)
+
+        def measure() -> None:
+            if values := evaluate(eval_sums, state.params, map(place, heldout())):
+                log.write(step, {f"eval/heldout/{name}": v for name, v in values.items()})
+                monitor.note(
+                    f"step {step:,}: held-out loss {values['loss']:.4f} nats per token, "
+                    f"{values['bits_per_byte']:.4f} bits per byte"
+                )
+            if cfg.eval.prompts:
+                texts = _sample(cfg, state, tokenizer, ways=micro_rows)
+                pairs = zip(cfg.eval.prompts, texts, strict=True)
+                log.write_text(step, [{"prompt": p, "text": t} for p, t in pairs])
+
+        def save() -> None:
+            side = {"data": source.state(), "tokenizer": tokenizer.fingerprint}
+            try:
+                checkpoints.save(step, state, side)
+            except CheckpointError as error:
+                if cfg.checkpoint.on_failure == "stop":
+                    raise
+                monitor.note(f"step {step:,}: {error}; training goes on")
+
+        # ---- the loop ----
+        source = stack.enter_context(contextlib.closing(Prefetch(source, depth=2)))
+        first_step, first, last = step, *_profile_window(cfg.profile)
+        if step == 0:
+            measure()
+        bad_loss = None
+        try:
+            while step < total_steps and not stop_asked(step):
+                if step == first:
+                    jax.profiler.start_trace(f"{workdir}/profile")
+                batch, data_metrics = source.next()
+                if step == first_step:
+                    check_batch(batch, vocab_size=cfg.model.vocab_size)
+                state, metrics = step_fn(state, place(batch))
+                step += 1
+                monitor.push(step, metrics, data_metrics)
+                if step == last:
+                    monitor.flush()
+                    jax.profiler.stop_trace()
+                if step % eval_every == 0 or step == total_steps:
+                    monitor.flush()
+                    measure()
+                if step % save_every == 0 and step != total_steps:
+                    monitor.flush()
+                    save()
+            monitor.flush()
+        except BadLoss as error:
+            bad_loss = error  # the state does not have the bad update: worth saving
+
+        # ---- the end ----
+        save()
+        try:
+            checkpoints.wait()
+        except CheckpointError as error:
+            monitor.note(f"the last checkpoint was not written: {error}")
+        log.flush()
+        if is_first:
+            for line in _closing_lines(workdir, step, total_steps):
+                monitor.note(line)
+        if bad_loss:
+            raise bad_loss
+
+
+# ---- checks before the first step ----
+
+
+def _micro_rows(cfg: TrainConfig) -> int:
+    if cfg.batch_size % cfg.micro_batches:
+        raise ValueError(
+            f"batch_size = {cfg.batch_size} rows cannot be cut into micro_batches = "
+            f"{cfg.micro_batches} equal parts; change one of them"
+        )
+    return cfg.batch_size // cfg.micro_batches
+
+
+def _check_vocabulary(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {cfg.tokenizer} has {tokenizer.vocab_size} tokens, but the model's "
+            f"embedding has {cfg.model.vocab_size}; set model.vocab_size to at least "
+            f"{tokenizer.vocab_size} or use the model's own tokenizer"
+        )
+
+
+def _check_same_tokenizer(saved: str, tokenizer: Tokenizer, workdir: str) -> None:
+    if saved != tokenizer.fingerprint:
+        raise ValueError(
+            f"the checkpoint in {workdir} was trained with another tokenizer (fingerprint "
+            f"{saved[:12]}, got {tokenizer.fingerprint[:12]}); use {workdir}/tokenizer"
+        )
+
+
+def _check_same_run(cfg: TrainConfig, workdir: str) -> None:
+    """A resumed run must compute what the run before would have."""
+    old = run_files.read_config(workdir)
+    if old is None:
+        return
+    changes = run_files.compare_config(old, dataclasses.asdict(cfg))
+    if fixed := run_files.without(changes, FREE_TO_CHANGE):
+        raise ValueError(
+            f"{workdir} holds a run with other settings ({'; '.join(map(str, fixed[:5]))}"
+            f"{' ...' if len(fixed) > 5 else ''}); restore them, or take another --workdir and "
+            f"set init_from={workdir}/checkpoints to start from its parameters"
+        )
+
+
+def _profile_window(text: str) -> tuple[int, int]:
+    """First step traced and first not traced any more; -1, -1 for none."""
+    try:
+        first, last = map(int, (text or "-1:-1").split(":"))
+    except ValueError:
+        first, last = 0, 0
+    if text and not 0 <= first < last:
+        raise ValueError(f"profile = {text!r} is not a window of steps such as '100:105'")
+    return first, last
+
+
+# ---- parts of the run ----
+
+
+@contextlib.contextmanager
+def _stop_signals(check_every: int) -> Iterator[Callable[[int], bool]]:
+    """Gives `asked(step)`: whether SIGTERM (preemption) or Ctrl-C came. A second Ctrl-C kills.
+
+    With several processes, one of which may have had the signal, they agree every `check_every`
+    steps, so that all stop at the same step.
+    """
+    received = []
+
+    def remember(signum: int, _: Any) -> None:
+        received.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def asked(step: int) -> bool:
+        if jax.process_count() == 1:
+            return bool(received)
+        if step % check_every:
+            return False
+        return bool(multihost_utils.process_allgather(np.array(len(received))).sum())
+
+    old = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+def _sample(cfg: TrainConfig, state: TrainState, tokenizer: Tokenizer, *, ways: int) -> list[str]:
+    """A continuation of every prompt; the same seed each time, so that samples compare."""
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in cfg.eval.prompts]
+    prompts, lengths = pad_prompts(ids, rows_multiple=ways)
+    out = generate(
+        state.params,
+        prompts,
+        lengths,
+        jax.random.key(cfg.seed),
+        config=cfg.model,
+        max_new_tokens=cfg.eval.sample_tokens,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        temperature=cfg.eval.temperature,
+    )
+    rows = multihost_utils.process_allgather(out, tiled=True)[: len(ids)].tolist()
+    return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]) for row in rows]
+
+
+def _flops_per_token(cfg: TrainConfig) -> float:
+    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
+    sizes = {name: getattr(cfg.model, name) for name in names}
+    return flops_per_token(**sizes, seq_len=cfg.seq_len)["causal"]
+
+
+def _opening_lines(
+    cfg: TrainConfig,
+    mesh_shape: dict[str, int],
+    abstract: TrainState,
+    restored: Restored | None,
+    total_steps: int,
+) -> Iterator[str]:
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())
+    yield f"{num_elements(abstract.params):,} parameters on {jax.device_count()} devices: {sizes}"
+    yield (
+        f"{total_steps:,} steps of {cfg.batch_size} rows x {cfg.seq_len} tokens = "
+        f"{total_steps * cfg.batch_size * cfg.seq_len:,} tokens"
+    )
+    if restored is not None:
+        yield from restored.skipped
+        yield f"resuming after step {restored.step:,}"
+    elif cfg.init_from:
+        yield f"starting from the parameters in {cfg.init_from}"
+
+
+def _closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:
+    yield f"checkpoint  {workdir}/checkpoints/{step:08d}"
+    try:
+        from easylm_jax.report import write_report
+
+        yield f"report      {write_report(workdir)}"
+    except ImportError:
+        yield "report      not written: it needs `pip install easylm_jax[report]`"
+    again = [arg for arg in sys.orig_argv if not arg.startswith("--config.duration")]
+    if step == total_steps:
+        again.append(f"--config.duration={2 * total_steps} steps")
+    yield f"continue    {shlex.join(again)}"
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    if len(argv) > 1:
+        raise ValueError(f"arguments {argv[1:]} are not understood; settings are --config.KEY=...")
+    train(from_config_dict(TrainConfig, flags.FLAGS.config), flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Python file with get_config(), `file.py:arg`.")
+    flags.DEFINE_string("workdir", None, "Folder or gs:// path of the run.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    run_main(main)
