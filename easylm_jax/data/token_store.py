@@ -16,7 +16,6 @@ by a hash of the text alone, so two equal documents never stand on both sides.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +37,7 @@ from easylm_jax.text.tokenizer import Tokenizer
 BLOCK_TOKENS = 8192
 SHARD_BYTES = 256 << 20
 NUM_BUCKETS = 256
-ENCODE_DOCUMENTS = 256  # tokenised at once, by the tokenizer's own threads
+ENCODE_CHARS = 1 << 20  # of text tokenised at once, by the tokenizer's own threads
 VERSION = "1.0.0"
 SPLITS = ("train", "validation")
 
@@ -83,8 +82,7 @@ def write_store(
         total_bytes = _fill_buckets(documents, Path(buckets), validation_fraction)
         writer = _StoreWriter(partial, tokenizer, block_tokens)
         done_bytes = 0
-        shuffled = _read_buckets(Path(buckets))
-        while batch := list(itertools.islice(shuffled, ENCODE_DOCUMENTS)):
+        for batch in _batches(_read_buckets(Path(buckets))):
             done_bytes += writer.add(batch)
             progress(done_bytes, total_bytes)
     info = writer.finish(origin, dict(left_out))
@@ -160,6 +158,19 @@ def _read_buckets(folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for _, split, text, meta in sorted(rows, key=lambda row: row[0]):
             yield split, text, meta
         path.unlink()
+
+
+def _batches(documents: Iterable[tuple]) -> Iterator[list[tuple]]:
+    """Documents in lists of bounded size: ids in Python lists take many times its room."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= ENCODE_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class _StoreWriter:

@@ -107,6 +107,7 @@ def test_shards_and_wide_ids_change_nothing(store, tmp_path, monkeypatch):
             return [i + 90_000 for i in super().encode(text)]
 
     monkeypatch.setattr(token_store, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(token_store, "ENCODE_CHARS", 700)
     _write(documents, tmp_path / "wide", tokenizer=Wide())
     assert len(list((tmp_path / "wide/tokens/1.0.0").glob("*train*"))) > 5
     narrow = token_store.open_tokens(str(folder), "train").read(0, info.tokens["train"])
