@@ -5,6 +5,7 @@ of the package and every entry point (`train.py`, `prepare.py`) may use it. All 
 stdout, so that `make train | tee log` shows and keeps the same plain lines.
 """
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -28,6 +29,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
+def _can_show_a_bar(stream: TextIO) -> bool:
+    """A terminal of no size (some containers and CI have them) shows no bar: lines for it."""
+    return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
+
+
 class Progress:
     """Shows step of total, loss, tokens per second and the time left."""
 
@@ -38,7 +44,7 @@ class Progress:
         self._last_line = -float("inf")
         self._shown_step = start_step
         self._bar = None
-        if self._stream.isatty():
+        if _can_show_a_bar(self._stream):
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -73,7 +79,6 @@ class Progress:
     def close(self) -> None:
         """Show the last state for good."""
         if self._bar is not None:
-            self._bar.refresh()
             self._bar.close()
         elif self._shown_step != self._step:
             self._print_line()

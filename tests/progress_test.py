@@ -1,16 +1,30 @@
 """Progress is visible on a terminal, in a log file and after a resume."""
 
+import fcntl
 import io
+import os
 import re
+import select
+import struct
+import termios
 
 import pytest
 
 from easylm_jax import progress
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+def open_terminal(*, rows, columns):
+    """A real pseudo-terminal: the stream to write to, and a function that reads what it shows."""
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read():
+        parts = []
+        while select.select([controller], [], [], 0)[0]:
+            parts.append(os.read(controller, 4096))
+        return b"".join(parts).decode()
+
+    return open(terminal, "w"), read
 
 
 @pytest.fixture
@@ -71,16 +85,24 @@ def test_stopping_early_shows_where(clock):
 
 
 def test_terminal_has_one_bar_and_notes_stand_alone():
-    stream = Terminal()
+    stream, read = open_terminal(rows=40, columns=100)
     bar = progress.Progress(1000, start_step=500, stream=stream)
     bar.update(750, loss=2.5, tokens_per_s=1e6)
     bar.note("checkpoint 750 saved")
     bar.update(1000, loss=2.25)
     bar.close()
-    text = re.sub(r"\x1b\[[A-Z]", "", stream.getvalue())
+    text = re.sub(r"\x1b\[[A-Z]", "", read()).replace("\r\n", "\n")
     shown = [part.strip() for part in re.split(r"[\r\n]", text) if part.strip()]
     assert shown[0].startswith("50%")  # the resumed half counts
     assert "checkpoint 750 saved" in shown
     assert shown[-1].startswith("100%")
     assert shown[-1].endswith("step 1,000/1,000  loss 2.250  1,000,000 tokens/s")
     assert text.count("\n") == 2  # the note and the end: the bar stays on its line
+
+
+def test_terminal_without_a_size_gets_lines():
+    stream, read = open_terminal(rows=0, columns=0)
+    bar = progress.Progress(10, stream=stream)
+    bar.update(10, loss=1.0)
+    bar.close()
+    assert read().splitlines() == ["step 10/10  loss 1.000"]
