@@ -53,7 +53,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         name=workdir.name,
         samples=read_samples(workdir),
         config=_read_config(workdir / "config.json"),
-        command=_read_text(workdir / "command.txt").strip(),
+        command=_read_text(workdir / "command.txt").strip().split("\n")[-1],  # the last start
     )
     source = (resources.files("easylm_jax") / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -210,7 +210,8 @@ def _tiles(series, held_out, *, seconds: float, pauses: int) -> Iterator[dict[st
         quantity = "bits_per_byte" if "bits_per_byte" in quantities else "loss"
         if quantity in quantities:
             unit = "bits per byte" if quantity == "bits_per_byte" else LOSS.unit
-            yield _change_tile(f"Held out: {name}", quantities[quantity], unit, hero=True)
+            label = "Held out" if len(held_out) == 1 else f"Held out: {name}"
+            yield _change_tile(label, quantities[quantity], unit, hero=True)
     if "train/loss" in series:
         yield _change_tile("Training loss", smooth(series["train/loss"]), LOSS.unit)
     tokens = tokens_seen(series)

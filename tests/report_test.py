@@ -73,7 +73,9 @@ def write_realistic_run(workdir, rng, monkeypatch):
     (workdir / "config.json").write_text(
         json.dumps({"seed": 7, "model": {"rope": {"theta": 1e4}}, "data": {"name": EVIL}})
     )
-    (workdir / "command.txt").write_text("python -m easylm_jax.train --workdir='a b' && <x>\n")
+    (workdir / "command.txt").write_text(
+        "the first start\npython -m easylm_jax.train --workdir='a b' && <x>\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,7 @@ def test_the_page_says_what_the_files_say(realistic):
     ):
         assert fact in text
     assert re.search(r"Training loss (1\.9|2\.0)\d nats per token from 10\.\d\d at step 0", text)
+    assert "the first start" not in text
     assert text.count("at 2000") == 0  # of the samples the first and the last alone
 
 
