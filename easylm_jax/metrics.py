@@ -18,7 +18,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import psutil
@@ -31,7 +31,7 @@ REWRITE_SECONDS = 60.0  # object stores only
 # ---------------------------------------------------------------------------- the log on disk
 
 
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, int | float]]:
     """All rows of `metrics.jsonl`, oldest first; values that were not finite come back as nan."""
     rows = _read_json_lines(epath.Path(workdir) / "metrics.jsonl")
     for row in rows:
@@ -64,7 +64,7 @@ class MetricLog:
         self._events = _EventFiles(workdir / "tensorboard", resume_step=resume_step)
         self._last_flush = time.monotonic()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Append one row of scalars. NaN and infinity are kept as null, which is valid JSON."""
         if not self._enabled:
             return

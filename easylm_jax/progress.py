@@ -5,17 +5,17 @@ of the package and every entry point (`train.py`, `prepare.py`) may use it. All 
 stdout, so that `make train | tee log` shows and keeps the same plain lines.
 """
 
+import io
 import os
 import sys
 import time
-from typing import TextIO
 
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 5.0
 
 
-def format_duration(seconds: float) -> str:
+def format_duration(seconds: int | float) -> str:
     """A duration in its two largest units: 7 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     seconds = round(seconds)
     if seconds < 60:
@@ -29,7 +29,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def _can_show_a_bar(stream: TextIO) -> bool:
+def _can_show_a_bar(stream: io.TextIOBase) -> bool:
     """A terminal of no size (some containers and CI have them) shows no bar: lines for it."""
     return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
 
@@ -37,7 +37,9 @@ def _can_show_a_bar(stream: TextIO) -> bool:
 class Progress:
     """Shows step of total, loss, tokens per second and the time left."""
 
-    def __init__(self, total_steps: int, start_step: int = 0, *, stream: TextIO | None = None):
+    def __init__(
+        self, total_steps: int, start_step: int = 0, *, stream: io.TextIOBase | None = None
+    ):
         self._total, self._step, self._stream = total_steps, start_step, stream or sys.stdout
         self._facts: dict[str, float | None] = {"loss": None, "tokens_per_s": None}
         self._first: tuple[int, float] | None = None  # step and time of the first update

@@ -63,6 +63,8 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
+Number = int | float | np.number
+
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f]")  # not allowed in HTML, but models emit them
 
 
@@ -128,7 +130,7 @@ NOT_PLOTTED = {
 
 
 def page_contents(
-    rows: Sequence[Mapping[str, float]],
+    rows: Sequence[Mapping[str, int | float]],
     *,
     name: str,
     samples: Sequence[Mapping[str, Any]] = (),
@@ -160,7 +162,7 @@ def page_contents(
     }
 
 
-def collect(rows: Sequence[Mapping[str, float]]) -> dict[str, Series]:
+def collect(rows: Sequence[Mapping[str, int | float]]) -> dict[str, Series]:
     """Rows to one series per metric; a later row of the same step wins."""
     points: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -240,7 +242,7 @@ def _change_tile(label: str, one: Series, unit: str, *, hero: bool = False) -> d
     return {"label": label, "value": f"{values[-1]:.2f}", "unit": unit, "note": note, "hero": hero}
 
 
-def tokens_seen(series: Mapping[str, Series]) -> float:
+def tokens_seen(series: Mapping[str, Series]) -> Number:
     """The last `train/tokens`, or the sum over the sources."""
     if "train/tokens" in series:
         return series["train/tokens"].values[-1]
@@ -297,7 +299,7 @@ def _grid(plots: Sequence[tuple[Known, Mapping[str, Series]]]) -> list[dict[str,
 
 
 def _is_curve(series: Series) -> bool:
-    return np.isfinite(series.values).sum() > 1
+    return bool(np.isfinite(series.values).sum() > 1)
 
 
 def _heading(known: Known, named: Mapping[str, Series]) -> dict[str, Any]:
@@ -409,12 +411,12 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 # ---------------------------------------------------------------------------- numbers as text
 
 
-def count(value: float) -> str:
+def count(value: Number) -> str:
     """12,345"""
     return f"{value:,.0f}" if math.isfinite(value) else "not finite"
 
 
-def amount(value: float) -> str:
+def amount(value: Number) -> str:
     """Large numbers to three digits: 950, 12.3 M, 6.74 B."""
     for limit, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if value >= limit:
@@ -423,12 +425,12 @@ def amount(value: float) -> str:
     return count(value)
 
 
-def percent(value: float) -> str:
+def percent(value: Number) -> str:
     """48.5 %, and 0.12 % where one digit would hide it."""
     return f"{100 * value:.2f} %" if 0 < abs(value) < 0.01 else f"{100 * value:.1f} %"
 
 
-def write_number(value: float, style: str) -> str:
+def write_number(value: Number, style: str) -> str:
     if not math.isfinite(value):
         return "not finite"
     if style == "percent":
@@ -442,13 +444,13 @@ def write_number(value: float, style: str) -> str:
     return f"{value:.3f}"
 
 
-def _scientific(value: float) -> str:
+def _scientific(value: Number) -> str:
     """3e-4 rather than 0.0003 or 3e-04."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
 
 
-def _tick(value: float, style: str) -> str:
+def _tick(value: Number, style: str) -> str:
     """The shortest text of an axis tick."""
     if style == "percent":
         return f"{100 * value:.4g} %"
@@ -506,8 +508,8 @@ def draw(
     known: Known,
     *,
     inches: tuple[float, float],
-    spikes: Sequence[int] = (),
-    skipped: Sequence[int] = (),
+    spikes: np.ndarray | tuple[()] = (),
+    skipped: np.ndarray | tuple[()] = (),
 ) -> Any:
     """Curves over steps as inline SVG without any text but numbers; safe to put into the page.
 
@@ -555,10 +557,10 @@ def frame(lines: Sequence[Series], kind: str) -> tuple[float, float]:
         if high - low > 2 * (outer[1] - outer[0]) > 0:
             high = outer[1]
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return (low if kind == "zero" and low == 0 else low - margin), high + margin
+    return float(low if kind == "zero" and low == 0 else low - margin), float(high + margin)
 
 
-def _mark(axes: Any, steps: Sequence[int], *, height: float, marker: str) -> None:
+def _mark(axes: Any, steps: np.ndarray, *, height: float, marker: str) -> None:
     """Marks on the upper (1.0) or lower (0.0) edge of the frame."""
     heights, across = np.full(len(steps), height), axes.get_xaxis_transform()
     axes.plot(steps, heights, marker, color=_WARN, ms=4.5, transform=across, clip_on=False)

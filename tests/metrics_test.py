@@ -42,7 +42,7 @@ def test_what_is_written_is_read(workdir):
     values = {f"train/{i}": float(v) for i, v in enumerate(np.random.default_rng(0).normal(size=5))}
     log = metrics.MetricLog(workdir)
     log.write(3, values)
-    log.write(np.int64(4), {"train/loss": np.float32(0.5)})
+    log.write(4, {"train/loss": np.float32(0.5)})
     log.write_text(4, [{"prompt": "a \U0001f600", "text": "\u2028</script>\n\ud83d"}])
     log.close()
     first, second = metrics.read_metrics(workdir)
