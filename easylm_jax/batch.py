@@ -12,6 +12,7 @@ The invariants, checked by `check_batch` in tests and once at the start of a run
   - `weights` are the loss weights of the *targets*; they were born with the text and travelled.
 """
 
+import typing
 from collections.abc import Mapping
 
 import flax.struct
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int
 ArrayLike = Array | np.ndarray
 
 
+@typing.no_type_check  # JAX unflattens it with shapes, shardings and cut arrays as leaves
 @flax.struct.dataclass
 class Batch:
     """Packed rows of tokens. B rows of T tokens; S segments at most per row.

@@ -1,5 +1,6 @@
 """TrainState: everything a step reads and writes, and so everything a checkpoint must hold."""
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from easylm_jax.array_types import Params, PRNGKey
 from easylm_jax.sharding import Rules, tree_shardings
 
 
+@typing.no_type_check  # JAX unflattens it with shapes, shardings and cut arrays as leaves
 @flax.struct.dataclass
 class LossTrend:
     """Running mean and variance of the loss, by which the guard knows a spike."""
@@ -24,6 +26,7 @@ class LossTrend:
     count: Int[Array, ""]
 
 
+@typing.no_type_check  # JAX unflattens it with shapes, shardings and cut arrays as leaves
 @flax.struct.dataclass
 class TrainState:
     """The state after `step` steps."""
