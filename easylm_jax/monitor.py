@@ -1,12 +1,13 @@
 """Watches a training run: takes the metrics of each step one step late, logs and shows them.
 
 While the devices work on step n + 1, the results of step n are fetched; so the host never makes
-them wait. Called by `train.py` alone.
+them wait. Called by `train.py` alone, which also gets its profiler here.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,12 +18,11 @@ from easylm_jax.optim import Schedule
 from easylm_jax.progress import Progress
 
 
-class BadLoss(ValueError):
-    """The guard is set to stop and a step was bad. The state is the one before it."""
-
-
 class Monitor:
-    """`push` after each step, `flush` before anything that takes time of its own."""
+    """`push` after each step, `flush` before anything that takes time of its own.
+
+    `must_stop` is the sentence that ends the run, or None. It is known one step late.
+    """
 
     def __init__(
         self,
@@ -32,11 +32,12 @@ class Monitor:
         *,
         schedule: Schedule,
         log_every: int,
-        stop_on_bad_loss: bool,
+        on_bad_loss: str,
     ):
         self._log, self._progress, self._throughput = log, progress, throughput
         self._schedule, self._log_every = schedule, log_every
-        self._stop_on_bad_loss = stop_on_bad_loss
+        self._on_bad_loss = on_bad_loss
+        self.must_stop: str | None = None
         self._pending: tuple[int, Mapping[str, Array], Mapping[str, float]] | None = None
         self._clock: float | None = None  # when the last step's results arrived; None: do not time
         self._losses: list[float] = []
@@ -49,18 +50,18 @@ class Monitor:
 
     def push(self, step: int, metrics: Mapping[str, Array], data: Mapping[str, float]) -> None:
         """Step number `step` was dispatched; report the one before it."""
-        self._report_pending()
-        self._pending = (step, metrics, data)
+        earlier, self._pending = self._pending, (step, metrics, data)
+        if earlier:
+            self._report(*earlier)
 
     def flush(self) -> None:
         """Report the last step now, and leave what follows out of the timing."""
-        self._report_pending()
+        pending, self._pending = self._pending, None
+        if pending:
+            self._report(*pending)
         self._clock = None
 
-    def _report_pending(self) -> None:
-        if self._pending is None:
-            return
-        (step, metrics, data), self._pending = self._pending, None
+    def _report(self, step: int, metrics: Mapping[str, Array], data: Mapping[str, float]) -> None:
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         now = time.perf_counter()
         if self._clock is not None:
@@ -90,12 +91,50 @@ class Monitor:
         self._losses, self._num_skipped = [], 0
 
     def _bad_step(self, step: int, values: dict[str, float]) -> None:
-        self._num_skipped += 1
         text = f"step {step:,} is bad: loss {values['loss']:.4g}, "
-        text += f"gradient norm {values['grad_norm']:.4g}; its update was not made"
-        if self._stop_on_bad_loss:
-            raise BadLoss(f"{text}, and guard.on_bad_loss = 'stop' ends the run")
+        text += f"gradient norm {values['grad_norm']:.4g}; its update was "
+        text += "made all the same" if self._on_bad_loss == "ignore" else "not made"
+        self._num_skipped += self._on_bad_loss != "ignore"
+        if self._on_bad_loss == "stop":
+            self.must_stop = self.must_stop or f"{text}, and guard.on_bad_loss = 'stop'"
         self.note(text)
+
+
+@contextlib.contextmanager
+def profiler(window: str, workdir: str, *, flush: Callable[[], None]) -> Iterator[Callable]:
+    """Gives `at(step)`, to be called when `step` steps were made: "3:5" traces the 4th and 5th.
+
+    A run that starts or ends inside the window traces its part. `flush` waits for the devices.
+    """
+    first, last = parse_window(window)
+    tracing = False
+
+    def at(step: int) -> None:
+        nonlocal tracing
+        if tracing and step == last:
+            flush()
+            jax.profiler.stop_trace()
+            tracing = False
+        elif not tracing and first <= step < last:
+            jax.profiler.start_trace(f"{workdir}/profile")
+            tracing = True
+
+    try:
+        yield at
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """Of `profile`: steps made before the trace starts and when it ends; "" is no window."""
+    try:
+        first, last = map(int, (text or "0:0").split(":"))
+    except ValueError:
+        first, last = -1, -1
+    if text and not 0 <= first < last:
+        raise ValueError(f"profile = {text!r} is not a window of steps such as '100:105'")
+    return first, last
 
 
 def _mean(values: list[float]) -> float:

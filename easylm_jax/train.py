@@ -11,11 +11,10 @@ import functools
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Literal
 
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
@@ -30,13 +29,14 @@ from easylm_jax.evals.perplexity import evaluate, make_eval_sums
 from easylm_jax.mesh import DistributedConfig, check_batch_divides, make_mesh, start_processes
 from easylm_jax.metrics import MetricLog, Throughput, flops_per_token, peak_flops
 from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, init_params, make_forward
-from easylm_jax.monitor import BadLoss, Monitor
+from easylm_jax.monitor import Monitor, parse_window, profiler
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer, make_schedule, parse_duration
 from easylm_jax.progress import Progress
 from easylm_jax.sampler import generate, pad_prompts
 from easylm_jax.sharding import local_rows, to_global
 from easylm_jax.step import GuardConfig, train_step
+from easylm_jax.stopping import stop_signals
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from easylm_jax.train_state import TrainState, abstract_state, init_state
 from easylm_jax.tree import num_elements
@@ -49,7 +49,9 @@ class CheckpointConfig:
     every: str = "1000 steps"
     keep_last: int = 2
     milestone_every: int = 0  # steps; multiples of it are kept for ever; 0: none
-    on_failure: str = "continue"  # or "stop", when a checkpoint cannot be written
+    on_failure: Literal["continue", "stop"] = (
+        "continue"  # when one cannot be written; the last must
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,17 @@ class TrainConfig:
     peak_flops: float | None = None  # per device, for MFU; None: by the device's name, if known
     profile: str = ""  # "100:105" traces these steps
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "micro_batches", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        parse_window(self.profile)
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size = {self.batch_size} rows cannot be cut into micro_batches = "
+                f"{self.micro_batches} equal parts; change one of them"
+            )
+
 
 # What may change when a run is resumed, since it does not change what a step computes. Another
 # duration changes the rest of the schedule; that is what "go on for longer" means.
@@ -103,12 +116,12 @@ def train(cfg: TrainConfig, workdir: str) -> None:
     with contextlib.ExitStack() as stack:
         if is_first:
             stack.enter_context(run_files.lock(workdir))
-        stop_asked = stack.enter_context(_stop_signals(cfg.log_every))
+        stop_asked = stack.enter_context(stop_signals(cfg.log_every))
 
         # ---- mesh and data ----
         mesh = make_mesh(cfg.mesh)
         stack.enter_context(jax.set_mesh(mesh))
-        micro_rows = _micro_rows(cfg)
+        micro_rows = cfg.batch_size // cfg.micro_batches
         check_batch_divides(mesh, rows=micro_rows, seq_len=cfg.seq_len)
         tokenizer = load_tokenizer(cfg.tokenizer)
         _check_vocabulary(cfg, tokenizer)
@@ -125,8 +138,11 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         tokens_per_step = cfg.batch_size * cfg.seq_len
         units = dict(tokens_per_step=tokens_per_step, tokens_per_epoch=source.tokens_per_epoch)
         total_steps = parse_duration(cfg.duration, **units)
-        eval_every = parse_duration(cfg.eval.every, total_steps=total_steps, **units)
-        save_every = parse_duration(cfg.checkpoint.every, total_steps=total_steps, **units)
+        units["total_steps"] = total_steps
+        eval_every = parse_duration(cfg.eval.every, **units)
+        save_every = parse_duration(cfg.checkpoint.every, **units)
+        if min(eval_every, save_every) < 1:
+            raise ValueError("eval.every and checkpoint.every must be at least 1 step")
         schedule = make_schedule(
             cfg.optim, total_steps=total_steps, tokens_per_step=tokens_per_step
         )
@@ -173,10 +189,12 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         # ---- what is written and shown ----
         log = MetricLog(workdir, enabled=is_first, resume_step=step if restored else -1)
         stack.callback(log.close)
-        progress = stack.enter_context(contextlib.closing(Progress(total_steps, step)))
+        progress = None
+        if is_first:
+            progress = stack.enter_context(contextlib.closing(Progress(total_steps, step)))
         monitor = Monitor(
             log,
-            progress if is_first else None,
+            progress,
             Throughput(
                 tokens_per_step=tokens_per_step,
                 num_devices=mesh.size,
@@ -185,7 +203,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             ),
             schedule=schedule,
             log_every=cfg.log_every,
-            stop_on_bad_loss=cfg.guard.on_bad_loss == "stop",
+            on_bad_loss=cfg.guard.on_bad_loss,
         )
         if is_first:
             run_files.record_start(
@@ -194,7 +212,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
                 argv=sys.orig_argv,
                 save_tokenizer=tokenizer.save,
             )
-        for line in _opening_lines(cfg, mesh.shape, abstract, restored, total_steps):
+        for line in _opening_lines(cfg, workdir, mesh.shape, abstract, restored, total_steps):
             monitor.note(line)
 
         def measure() -> None:
@@ -220,57 +238,42 @@ def train(cfg: TrainConfig, workdir: str) -> None:
 
         # ---- the loop ----
         source = stack.enter_context(contextlib.closing(Prefetch(source, depth=2)))
-        first_step, first, last = step, *_profile_window(cfg.profile)
-        if step == 0:
+        profile_at = stack.enter_context(profiler(cfg.profile, workdir, flush=monitor.flush))
+        first_step = step
+        if restored is None:
             measure()
-        bad_loss = None
-        try:
-            while step < total_steps and not stop_asked(step):
-                if step == first:
-                    jax.profiler.start_trace(f"{workdir}/profile")
-                batch, data_metrics = source.next()
-                if step == first_step:
-                    check_batch(batch, vocab_size=cfg.model.vocab_size)
-                state, metrics = step_fn(state, place(batch))
-                step += 1
-                monitor.push(step, metrics, data_metrics)
-                if step == last:
-                    monitor.flush()
-                    jax.profiler.stop_trace()
-                if step % eval_every == 0 or step == total_steps:
-                    monitor.flush()
-                    measure()
-                if step % save_every == 0 and step != total_steps:
-                    monitor.flush()
-                    save()
-            monitor.flush()
-        except BadLoss as error:
-            bad_loss = error  # the state does not have the bad update: worth saving
+        while step < total_steps and not monitor.must_stop and not stop_asked(step):
+            profile_at(step)
+            batch, data_metrics = source.next()
+            if step == first_step:
+                check_batch(batch, vocab_size=cfg.model.vocab_size)
+            state, metrics = step_fn(state, place(batch))
+            step += 1
+            monitor.push(step, metrics, data_metrics)
+            if step % eval_every == 0 or step == total_steps:
+                monitor.flush()
+                measure()
+            if step % save_every == 0 and step != total_steps:
+                monitor.flush()
+                save()
+        monitor.flush()
+        profile_at(step)
 
         # ---- the end ----
         save()
-        try:
-            checkpoints.wait()
-        except CheckpointError as error:
-            monitor.note(f"the last checkpoint was not written: {error}")
         log.flush()
-        if is_first:
+        checkpoints.wait()
+        if checkpoints.latest_step() != step:
+            raise CheckpointError(f"the last checkpoint, of step {step}, was not written")
+        if progress:
+            progress.close()
             for line in _closing_lines(workdir, step, total_steps):
-                monitor.note(line)
-        if bad_loss:
-            raise bad_loss
+                progress.note(line)
+        if monitor.must_stop:  # the state is good: it does not have the bad update
+            raise ValueError(monitor.must_stop)
 
 
 # ---- checks before the first step ----
-
-
-def _micro_rows(cfg: TrainConfig) -> int:
-    if cfg.batch_size % cfg.micro_batches:
-        raise ValueError(
-            f"batch_size = {cfg.batch_size} rows cannot be cut into micro_batches = "
-            f"{cfg.micro_batches} equal parts; change one of them"
-        )
-    return cfg.batch_size // cfg.micro_batches
 
 
 def _check_vocabulary(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -304,46 +307,7 @@ def _check_same_run(cfg: TrainConfig, workdir: str) -> None:
         )
 
 
-def _profile_window(text: str) -> tuple[int, int]:
-    """First step traced and first not traced any more; -1, -1 for none."""
-    try:
-        first, last = map(int, (text or "-1:-1").split(":"))
-    except ValueError:
-        first, last = 0, 0
-    if text and not 0 <= first < last:
-        raise ValueError(f"profile = {text!r} is not a window of steps such as '100:105'")
-    return first, last
-
-
 # ---- parts of the run ----
-
-
-@contextlib.contextmanager
-def _stop_signals(check_every: int) -> Iterator[Callable[[int], bool]]:
-    """Gives `asked(step)`: whether SIGTERM (preemption) or Ctrl-C came. A second Ctrl-C kills.
-
-    With several processes, one of which may have had the signal, they agree every `check_every`
-    steps, so that all stop at the same step.
-    """
-    received = []
-
-    def remember(signum: int, _: Any) -> None:
-        received.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def asked(step: int) -> bool:
-        if jax.process_count() == 1:
-            return bool(received)
-        if step % check_every:
-            return False
-        return bool(multihost_utils.process_allgather(np.array(len(received))).sum())
-
-    old = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)
 
 
 def _sample(cfg: TrainConfig, state: TrainState, tokenizer: Tokenizer, *, ways: int) -> list[str]:
@@ -373,17 +337,20 @@ def _flops_per_token(cfg: TrainConfig) -> float:
 
 def _opening_lines(
     cfg: TrainConfig,
+    workdir: str,
     mesh_shape: dict[str, int],
     abstract: TrainState,
     restored: Restored | None,
     total_steps: int,
 ) -> Iterator[str]:
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())
-    yield f"{num_elements(abstract.params):,} parameters on {jax.device_count()} devices: {sizes}"
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh_shape.items())
+    yield f"{jax.device_count()} x {jax.devices()[0].device_kind}: {sizes}"
     yield (
+        f"{num_elements(abstract.params):,} parameters, "
         f"{total_steps:,} steps of {cfg.batch_size} rows x {cfg.seq_len} tokens = "
         f"{total_steps * cfg.batch_size * cfg.seq_len:,} tokens"
     )
+    yield f"everything is written to {workdir}"
     if restored is not None:
         yield from restored.skipped
         yield f"resuming after step {restored.step:,}"
@@ -392,6 +359,7 @@ def _opening_lines(
 
 
 def _closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:
+    yield f"{'finished' if step == total_steps else 'stopped'} after step {step:,}/{total_steps:,}"
     yield f"checkpoint  {workdir}/checkpoints/{step:08d}"
     try:
         from easylm_jax.report import write_report
@@ -399,21 +367,32 @@ def _closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:
         yield f"report      {write_report(workdir)}"
     except ImportError:
         yield "report      not written: it needs `pip install easylm_jax[report]`"
-    again = [arg for arg in sys.orig_argv if not arg.startswith("--config.duration")]
+    command = sys.orig_argv
     if step == total_steps:
-        again.append(f"--config.duration={2 * total_steps} steps")
-    yield f"continue    {shlex.join(again)}"
+        command = [arg for arg in command if not arg.startswith("--config.duration=")]
+        command.append(f"--config.duration={2 * total_steps} steps")
+    yield f"continue    {shlex.join(command)}"
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    if config is None or not workdir:
+        raise ValueError(
+            "--config and --workdir are needed, such as `python -m easylm_jax.train "
+            "--config=configs/debug.py --workdir=runs/debug`; --help says more"
+        )
     if len(argv) > 1:
         raise ValueError(f"arguments {argv[1:]} are not understood; settings are --config.KEY=...")
-    train(from_config_dict(TrainConfig, flags.FLAGS.config), flags.FLAGS.workdir)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C that is not for the loop ends at once
+    train(from_config_dict(TrainConfig, config), workdir)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Python file with get_config(), `file.py:arg`.")
-    flags.DEFINE_string("workdir", None, "Folder or gs:// path of the run.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Python file with get_config(), `file.py:arg`. --config.KEY=VALUE changes a setting of it.",
+    )
+    flags.DEFINE_string("workdir", None, "Folder or gs:// path of the run; resumes what is there.")
     run_main(main)
