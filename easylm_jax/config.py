@@ -8,6 +8,7 @@ override leaves; `from_config_dict` turns that back. Below the entry points ther
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import traceback
 import types
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from absl import app, logging
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_dict
 
 T = TypeVar("T")
@@ -82,38 +83,71 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, Mapping | ConfigDict):
         inner = args[1] if len(args) == 2 else Any
         return {k: _value(inner, v, f"{where}.{k}") for k, v in dict(value).items()}
-    if typing.get_origin(hint) is tuple:
+    origin = typing.get_origin(hint)
+    if origin is tuple and not isinstance(value, str):
         return tuple(value)
+    if origin is typing.Literal and value not in args:
+        raise ValueError(f"{where} = {value!r} is not one of {', '.join(map(repr, args))}")
     if hint is float and isinstance(value, int):
         return float(value)
+    expected = origin or hint
+    if expected in (int, float, str, bool, tuple) and not isinstance(value, expected):
+        raise ValueError(f"{where} = {value!r} is not of type {expected.__name__}")
     return value
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """absl's `app.run`, with the errors a user can cause shown as one sentence.
+    """absl's `app.run`, with the errors a user can cause shown as one sentence, exit status 2.
 
-    A ValueError or OSError raised by our own code is meant for the user; set EASYLM_TRACEBACK=1 to
-    see where it came from. Anything else keeps its traceback: that is a bug.
+    Such are the ValueErrors that a `raise` of our own made, what the operating system refused, and
+    what is wrong in the command line. Anything else is a bug and keeps its traceback;
+    EASYLM_TRACEBACK=1 keeps them all.
     """
 
     def guarded(argv: list[str]) -> None:
         try:
             main(argv)
         except (ValueError, OSError) as error:
-            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            ours = Path(__file__).parent in raised_in.parents
-            if not ours or os.environ.get("EASYLM_TRACEBACK"):
+            if not _is_for_user(error):
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _exit_with(str(error))
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(argv)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            words = " ".join(str(a) for a in error.args).replace("\\n", " ").replace("\n", " ")
-            print(f"error: unknown or wrong setting on the command line: {words}", file=sys.stderr)
-            sys.exit(2)
+            return flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            if not (_is_for_user(error) or _is_from_parsing(error)):
+                raise  # a bug in a config file
+            _exit_with(f"the command line is not understood: {error}")
 
     logging.set_verbosity(logging.WARNING)  # `--verbosity=0` shows what the libraries tell
     app.run(guarded, flags_parser=parse)
+
+
+def _is_for_user(error: Exception) -> bool:
+    if os.environ.get("EASYLM_TRACEBACK"):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    folder = Path(last.filename).parent
+    ours = Path(__file__).parent in (folder, *folder.parents) and last.line.startswith("raise ")
+    # config_flags raises OSErrors of its own when it cannot load a config file.
+    refused = isinstance(error, OSError) and (error.errno or folder.name == "config_flags")
+    return ours or bool(refused)
+
+
+def _is_from_parsing(error: Exception) -> bool:
+    """Whether only the libraries that read flags had a part in it, and no config file."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    parsers = ("flags", "config_flags", "config_dict")
+    return all(f == Path(__file__) or f.parent.name in parsers for f in files)
+
+
+def _exit_with(text: str) -> None:
+    if "Traceback" not in text:  # of a bug in a config file, as config_flags wraps it
+        text = " ".join(text.replace("\\n", " ").split())
+    if found := re.search(r"Did you mean \W*(\w+)\W* instead of \W*(\w+)", text):
+        text = f"--config has no setting {found[2]!r}; near it: {found[1]}"
+    elif found := re.search(r"Failed loading config file.*?(\[Errno.*?'.*?')", text):
+        text = f"the config file cannot be loaded: {found[1]}"
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)

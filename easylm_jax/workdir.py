@@ -40,8 +40,14 @@ def lock(workdir: str) -> Iterator[None]:
     if "://" in workdir:
         yield
         return
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    with open(Path(workdir) / "lock", "a+") as file:
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        opened = open(Path(workdir) / "lock", "a+")
+    except OSError as error:
+        raise ValueError(
+            f"workdir {workdir} cannot be written ({error}): pass another --workdir"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
