@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
@@ -38,7 +39,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     no_decay: tuple[str, ...] = ("scale$", "bias$", "embedding$")  # path patterns left undecayed
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-    mu_dtype: str = "float32"  # of the first moment
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
 
     def __post_init__(self) -> None:
         for value, known in ((self.name, OPTIMIZERS), (self.schedule, SCHEDULES)):

@@ -16,6 +16,7 @@ This file knows no text, no loss and no optimiser.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -33,6 +34,8 @@ from easylm_jax.models.attention import AttentionConfig, attention
 from easylm_jax.models.linear import Linear, dot
 from easylm_jax.models.remat import jax_policy, parse_policy, tag
 from easylm_jax.sharding import constrain
+
+FloatName = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,8 @@ class LlamaConfig:
     attention: AttentionConfig = AttentionConfig()
     remat: str = "linear_outputs"  # see models/remat.py
     layer_unroll: int = 1  # layers per step of the scan over layers; changes speed only
-    dtype: str = "float32"  # of activations and matrix products
-    param_dtype: str = "float32"
+    dtype: FloatName = "float32"  # of activations and matrix products
+    param_dtype: FloatName = "float32"
 
     # Regularisers of EasyLM. Rates of dropout are for the first and the last layer, linear between.
     embedding_dropout: float = 0.0
