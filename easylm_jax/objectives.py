@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from easylm_jax.array_types import Hidden, Params, PRNGKey, Scalar, TokenFloats, Tokens
 from easylm_jax.batch import Batch
-from easylm_jax.dots import dot_f32
+from easylm_jax.dots import dot_f32, transposed_dot_f32
 from easylm_jax.mesh import AXES, BATCH_AXES
 from easylm_jax.sharding import BATCH_SPEC
 
@@ -120,7 +120,7 @@ def _sums_fwd(axis, hidden_BTD, head_DV, targets_BT, weights_BT):
         carry = (
             loss_sum + (loss_C * weight_C).sum(),
             correct_sum + (correct_C * weight_C).sum(),
-            d_head_DV + dot_f32(hidden_CD, d_logits_CV, (0,), (0,)),
+            d_head_DV + transposed_dot_f32(hidden_CD, d_logits_CV),
         )
         return carry, d_hidden_CD
 
@@ -167,15 +167,16 @@ def _chunks(*arrays):
 def _chunk_losses(axis, hidden_CD, head_DV, target_C):
     """(loss [C], correct [C], probabilities [C, V], is target [C, V]), logits in float32."""
     logits_CV = dot_f32(hidden_CD, head_DV, (1,), (0,))
-    offset = 0 if axis is None else lax.axis_index(axis) * head_DV.shape[1]
-    is_target_CV = lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) + offset == target_C[:, None]
+    C, V = logits_CV.shape
+    local_C = target_C if axis is None else target_C - lax.axis_index(axis) * V
+    is_target_CV = lax.broadcasted_iota(jnp.int32, (C, V), 1) == local_C[:, None]
     top_C = logits_CV.max(-1)
     top_C = top_C if axis is None else lax.pmax(top_C, axis)
-    sums = (
-        jnp.exp(logits_CV - top_C[:, None]).sum(-1),
-        jnp.where(is_target_CV, logits_CV, 0).sum(-1),
-    )
-    total_C, target_logit_C = sums if axis is None else lax.psum(sums, axis)
+    total_C = jnp.exp(logits_CV - top_C[:, None]).sum(-1)
+    target_logit_C = jnp.take_along_axis(logits_CV, jnp.clip(local_C, 0, V - 1)[:, None], 1)[:, 0]
+    if axis is not None:
+        target_logit_C = jnp.where((local_C >= 0) & (local_C < V), target_logit_C, 0)
+        total_C, target_logit_C = lax.psum((total_C, target_logit_C), axis)
     lse_C = top_C + jnp.log(total_C)
     p_CV = jnp.exp(logits_CV - lse_C[:, None])
     correct_C = (target_logit_C >= top_C).astype(jnp.float32)

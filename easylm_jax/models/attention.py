@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from easylm_jax.array_types import Keys, PRNGKey, Queries
-from easylm_jax.dots import dot_f32
+from easylm_jax.dots import dot_f32, transposed_dot_f32
 from easylm_jax.mesh import BATCH_AXES
 from easylm_jax.models.remat import tag
 
@@ -272,9 +272,8 @@ def _forward(tiles, q_BIKRH, k_BJKCH, v_BJKCH, ids, bounds, key):
 def _backward(tiles, residuals, d_out):
     """Probabilities again from the log-sum-exp, then the five products of each tile.
 
-    The gradients of k and v are accumulated transposed, [K, H, C]: the product that makes them then
-    has its long operand on the right, where XLA's CPU backend is twice as fast. The barrier keeps
-    the compiler from undoing that.
+    The gradients of k and v are accumulated transposed, [K, H, C], so that the product that makes
+    them transposes the narrow operand, not the scores.
     """
     q_BIKRH, k_BJKCH, v_BJKCH, ids, bounds, key, out, lse = residuals
     B, I, K, R, H = q_BIKRH.shape
@@ -285,7 +284,6 @@ def _backward(tiles, residuals, d_out):
         b, i = n // I, n % I
         q_KRH, g_KRH = q_BIKRH[b, i], d_out[b, i]
         lse_KR1, delta_KR1 = lse[b, i][..., None], delta_BIKR[b, i][..., None]
-        q_KHR, g_KHR = lax.optimization_barrier((q_KRH.swapaxes(1, 2), g_KRH.swapaxes(1, 2)))
 
         def key_tile(j, carry):
             d_q, d_k, d_v = carry
@@ -297,8 +295,8 @@ def _backward(tiles, residuals, d_out):
                 keep = _tile_keep(tiles, key, n, j, p_KRC.shape)
                 dropped, d_p = p_KRC * keep, d_p * keep
             d_s = (p_KRC * (d_p - delta_KR1)).astype(q_KRH.dtype)
-            d_v = d_v.at[b, j].add(_dot(g_KHR, dropped.astype(g_KHR.dtype), 2, 1))
-            d_k = d_k.at[b, j].add(_dot(q_KHR, d_s, 2, 1))
+            d_v = d_v.at[b, j].add(transposed_dot_f32(g_KRH, dropped.astype(g_KRH.dtype)))
+            d_k = d_k.at[b, j].add(transposed_dot_f32(q_KRH, d_s))
             return d_q + _dot(d_s, k_KCH, 2, 1), d_k, d_v
 
         start = (jnp.zeros((K, R, H), jnp.float32), *carry)

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from easylm_jax.dots import dot_f32
+from easylm_jax.dots import dot_f32, transposed_dot_f32
 
 Initializer = Callable[..., Array]
 
@@ -35,9 +35,9 @@ def _dot_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _dot_bwd(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    rows = tuple(range(x.ndim - 1))
     d_x = dot_f32(grad, kernel.astype(x.dtype), (x.ndim - 1,), (1,)).astype(x.dtype)
-    d_kernel = dot_f32(x, grad, rows, rows).astype(kernel.dtype)
+    flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    d_kernel = transposed_dot_f32(flat_x, flat_grad).astype(kernel.dtype)
     return d_x, d_kernel
 
 
