@@ -22,7 +22,9 @@ REFERENCE = AttentionConfig(implementation="reference")
 def tiny_config(**changes) -> LlamaConfig:
     shape = dict(vocab_size=VOCAB, d_model=32, num_layers=2, d_ff=48, max_seq_len=64)
     heads = dict(num_heads=4, num_kv_heads=2, head_dim=8)
-    return LlamaConfig(**shape | heads | dict(norm_eps=1e-5, attention=BLOCKS) | changes)
+    return LlamaConfig(
+        **shape | heads | dict(norm_eps=1e-5, attention=BLOCKS, remat="none") | changes
+    )
 
 
 def tiny_params(seed: int = 0):
@@ -41,7 +43,10 @@ def tiny_batch(seed: int = 0, *, rows: int = 4, length: int = 24, **options) -> 
 def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
     """Names -> arrays of any integer and float type, as the batch of the package."""
     return Batch(
-        **{k: jnp.asarray(v, jnp.float32 if k == "weights" else jnp.int32) for k, v in arrays.items()}
+        **{
+            k: jnp.asarray(v, jnp.float32 if k == "weights" else jnp.int32)
+            for k, v in arrays.items()
+        }
     )
 
 

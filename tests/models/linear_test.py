@@ -1,4 +1,4 @@
-"""`dot` against float64, value and both gradients, and the types in which its gradients come out."""
+"""`dot` against float64, value and both gradients, and the types that come out."""
 
 import jax
 import jax.numpy as jnp
