@@ -6,8 +6,10 @@ A duration is text, because runs are planned in different units: "250000 steps",
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal
 
 import jax.numpy as jnp
@@ -60,24 +62,26 @@ def parse_duration(
     Raises:
       ValueError: not understood, or in a unit that means nothing here.
     """
-    found = re.fullmatch(r"\s*([\d._]+(?:e\d+)?)\s*([KMBT]?)\s*(steps?|tokens?|epochs?|%)\s*", text)
+    number = r"(\d+(?:_\d+)*(?:\.\d+)?(?:e\d+)?)"
+    found = re.fullmatch(rf"\s*{number}\s*([KMBT]?)\s*(steps?|tokens?|epochs?|%)\s*", text)
     if not found:
         raise ValueError(
             f"duration {text!r} is not understood; write such as '5000 steps', '1.4T tokens', "
             "'2 epochs' or '3%'"
         )
-    number = float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
+    # Fractions, since floats would round 100% of 7 steps up to 8.
+    amount = Fraction(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[found[2]]
     unit = found[3].rstrip("s")
     whole = {
-        "step": 1.0,
-        "token": 1.0 / tokens_per_step,
-        "epoch": tokens_per_epoch and tokens_per_epoch / tokens_per_step,
-        "%": total_steps and total_steps / 100,
+        "step": Fraction(1),
+        "token": Fraction(1, tokens_per_step),
+        "epoch": Fraction(tokens_per_epoch or 0, tokens_per_step),
+        "%": Fraction(total_steps or 0, 100),
     }[unit]
     if not whole:
         need = "a percentage of what?" if unit == "%" else "the data has no countable epoch"
         raise ValueError(f"duration {text!r} cannot be used here ({need}); give steps or tokens")
-    return -int(-number * whole // 1)
+    return math.ceil(amount * whole)
 
 
 def make_schedule(config: OptimConfig, *, total_steps: int, tokens_per_step: int) -> Schedule:
