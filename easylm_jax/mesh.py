@@ -52,8 +52,8 @@ def parse_mesh(spec: str, num_devices: int) -> dict[str, int]:
     fields = spec.removeprefix("!").split(",")
     try:
         if ":" in spec:
-            named = [field.split(":") for field in fields]
-            sizes = dict.fromkeys(AXES, 1) | {name.strip(): int(size) for name, size in named}
+            named = {name.strip(): int(size) for name, size in (f.split(":") for f in fields)}
+            sizes = dict.fromkeys(AXES, 1) | named if len(named) == len(fields) else {}
         else:
             sizes = dict(zip(AXES, map(int, fields), strict=True))
     except ValueError:

@@ -1,0 +1,66 @@
+"""The mesh grammar, and what its errors tell. Numbers on meshes are step_test's."""
+
+import jax
+import pytest
+
+from easylm_jax.mesh import AXES, check_batch_divides, make_mesh, parse_mesh
+
+
+@pytest.mark.parametrize(
+    "spec, devices, sizes",
+    [
+        ("1,-1,1,1", 8, (1, 8, 1, 1)),
+        ("2,-1,1,2", 8, (2, 2, 1, 2)),
+        ("-1,1,1,1", 1, (1, 1, 1, 1)),
+        ("1, 2, 2, 2", 8, (1, 2, 2, 2)),
+        ("fsdp:-1,tensor:4", 256, (1, 64, 1, 4)),
+        ("tensor:4, fsdp:-1", 8, (1, 2, 1, 4)),
+        ("replica:8", 8, (8, 1, 1, 1)),
+        ("!1,-1,1,1", 8, (1, 8, 1, 1)),
+        ("!sequence:-1", 8, (1, 1, 8, 1)),
+    ],
+)
+def test_the_grammar_of_easylm(spec, devices, sizes):
+    parsed = parse_mesh(spec, devices)
+    assert tuple(parsed) == AXES and tuple(parsed.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["", "8", "1,-1,1", "1,1,1,1,8", "1,0,1,8", "1,-2,1,4", "1,x,1,1", "dp:8", "fsdp:", "fsdp:2:4"]
+    + ["fsdp:4,8", "fsdp:2,fsdp:4", "!!1,-1,1,1", "fsdp:-1,mp:1"],
+)
+def test_what_is_not_understood_is_told_the_grammar(spec):
+    with pytest.raises(
+        ValueError, match="mesh .* is not understood; write four sizes replica,fsdp"
+    ):
+        parse_mesh(spec, 8)
+
+
+def test_sizes_must_multiply_to_the_number_of_devices():
+    with pytest.raises(ValueError, match="needs 4 devices, but there are 8.*must be 8"):
+        parse_mesh("1,4,1,1", 8)
+    with pytest.raises(ValueError, match="needs a multiple of 3 devices, but there are 8"):
+        parse_mesh("1,-1,1,3", 8)
+    with pytest.raises(ValueError, match="2 sizes of -1; only one can be inferred"):
+        parse_mesh("1,-1,-1,1", 8)
+
+
+def test_a_mesh_holds_every_device_once():
+    mesh = make_mesh("2,-1,1,2")
+    assert mesh.axis_names == AXES and mesh.devices.shape == (2, 2, 1, 2)
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert make_mesh("1,2,1,1", jax.devices()[:2]).size == 2
+
+
+def test_batches_that_do_not_split_are_refused_with_what_fits():
+    mesh = make_mesh("2,2,2,1")
+    check_batch_divides(mesh, rows=12, seq_len=10)
+    with pytest.raises(
+        ValueError, match="10 rows .* replica x fsdp = 4; 2 are left over; use 8 or 12"
+    ):
+        check_batch_divides(mesh, rows=10, seq_len=10)
+    with pytest.raises(ValueError, match="3 rows .*; 3 are left over; use 4 or 8"):
+        check_batch_divides(mesh, rows=3, seq_len=10)
+    with pytest.raises(ValueError, match="rows of 11 tokens do not split over sequence = 2"):
+        check_batch_divides(mesh, rows=12, seq_len=11)
