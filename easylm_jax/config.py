@@ -44,7 +44,9 @@ def _leaf(value: Any, hint: Any) -> Any:
     return value
 
 
-def from_config_dict(cls: type[T], config: Mapping[str, Any], where: str = "config") -> T:
+def from_config_dict(
+    cls: type[T], config: Mapping[str, Any] | ConfigDict, where: str = "config"
+) -> T:
     """The dataclass `cls` with the values of `config`.
 
     Raises ValueError naming the key, and the nearest known ones, when `cls` has no such field.
