@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easylm_jax.models.attention import AttentionConfig, _tile_keep, _Tiles, attention, visible
+from easylm_jax.models.attention import AttentionConfig, attention
+from easylm_jax.models.attention_mask import visible
+from easylm_jax.models.blockwise import _tile_keep, _Tiles
 from tests.tiny import assert_close
 
 BLOCKS = AttentionConfig(block_q=8, block_k=16)

@@ -1,0 +1,221 @@
+"""Memory-efficient attention: tiles of the score matrix, with a backward pass of its own.
+
+Forward as Rabe & Staats 2021 (arXiv:2112.05682, which LLaMA used), backward as FlashAttention-2
+(arXiv:2307.08691). Only the output and the log-sum-exp of each row are kept, and a tile that the
+mask empties is never touched: those above the diagonal, those between different documents, those
+outside the window. Written for XLA on CPU, right everywhere. Called by attention.py alone, which
+says what attention means.
+
+Further letters here: Q rows of a query tile, C columns of a key tile, I and J tiles of queries and
+of keys, R = G * Q.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Int
+
+from easylm_jax.array_types import Keys, PRNGKey, Queries, Tokens
+from easylm_jax.dots import dot_f32, transposed_dot_f32
+from easylm_jax.models.attention_mask import MASKED, visible
+from easylm_jax.models.remat import tag
+
+
+class _Tiles(NamedTuple):
+    """The static facts of one call."""
+
+    q: int
+    c: int
+    window: int | None
+    dropout: float
+
+
+def blockwise(
+    q_BTNH: Queries,
+    k_BSKH: Keys,
+    v_BSKH: Keys,
+    q_segments: Tokens,
+    k_segments: Int[Array, "B S"],
+    q_positions: Tokens,
+    k_positions: Int[Array, "B S"],
+    first_row: Int[Array, ""] | int | None,
+    key: PRNGKey | None,
+    *,
+    block_q: int,
+    block_k: int,
+    window: int | None,
+    dropout: float,
+) -> Queries:
+    """Cut into tiles, attend, undo the layout. Any T and S: the last tiles are padded.
+
+    `first_row` is where the first query lies in the row of keys; None when that means nothing.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    tiles = _Tiles(
+        q=min(block_q, _round_up(T, 8)),
+        c=min(block_k, _round_up(S, 8)),
+        window=window,
+        dropout=0.0 if key is None else dropout,
+    )
+    q = _cut(q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype), tiles.q)  # B, I, Q, N, H
+    I = q.shape[1]
+    q = q.reshape(B, I, tiles.q, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
+    q = q.reshape(B, I, K, -1, H)  # the G heads that share a kv head become rows of one product
+    k = _cut(k_BSKH, tiles.c).swapaxes(2, 3)  # B, J, K, C, H
+    v = _cut(v_BSKH, tiles.c).swapaxes(2, 3)
+    q_ids, k_ids = (q_segments, q_positions), (k_segments, k_positions)
+    (q_seg, q_pos), (k_seg, k_pos) = (
+        [_cut(x, size) for x in ids] for ids, size in ((q_ids, tiles.q), (k_ids, tiles.c))
+    )
+    bounds = _tile_bounds(tiles, q_seg, k_seg, first_row)
+    out = _tiled(tiles, q, k, v, (q_seg, k_seg, q_pos, k_pos), bounds, key)  # B, I, K, R, H
+    out = out.reshape(B, I, K, N // K, tiles.q, H).transpose(0, 1, 4, 2, 3, 5)
+    return out.reshape(B, I * tiles.q, N, H)[:, :T]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _cut(x: Array, size: int) -> Array:
+    """[B, T, ...] to [B, ceil(T / size), size, ...], zero-padded; zero is the padding segment."""
+    padding = -x.shape[1] % size
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _tile_bounds(tiles, q_seg_BIQ, k_seg_BJC, first_row):
+    """For each query tile, the range [low, high) of key tiles that the mask does not empty.
+
+    Conservative and cheap: segments are compared by their range in a tile, and the diagonal and the
+    window by row numbers. Returns two int32 arrays [B, I].
+    """
+    I, J = q_seg_BIQ.shape[1], k_seg_BJC.shape[1]
+    far = jnp.iinfo(jnp.int32).max
+    q_least = jnp.where(q_seg_BIQ > 0, q_seg_BIQ, far).min(-1)[:, :, None]
+    k_least = jnp.where(k_seg_BJC > 0, k_seg_BJC, far).min(-1)[:, None, :]
+    q_most, k_most = q_seg_BIQ.max(-1)[:, :, None], k_seg_BJC.max(-1)[:, None, :]
+    needed = (k_most >= q_least) & (k_least <= q_most)  # [B, I, J]
+    if first_row is not None:
+        first_q = (first_row + jnp.arange(I) * tiles.q)[:, None]
+        first_k = jnp.arange(J)[None, :] * tiles.c
+        causal = first_k < first_q + tiles.q
+        if tiles.window is not None:
+            causal &= first_k + tiles.c > first_q - tiles.window + 1
+        needed &= causal[None]
+    low = jnp.argmax(needed, axis=-1)
+    high = jnp.where(needed.any(-1), J - jnp.argmax(needed[..., ::-1], axis=-1), low)
+    return low.astype(jnp.int32), high.astype(jnp.int32)
+
+
+def _dot(a: Array, b: Array, dim_a: int, dim_b: int) -> Array:
+    """Product of two [K, ., .] arrays over one dim of each, batched over K."""
+    return dot_f32(a, b, (dim_a,), (dim_b,), batch=(0,))
+
+
+def _tile_scores(tiles, q_KRH, k_KCH, ids, b, i, j):
+    """Masked scores [K, R, C] of tile (i, j) of row b."""
+    q_seg, k_seg, q_pos, k_pos = ids
+    mask_QC = visible(q_seg[b, i], k_seg[b, j], q_pos[b, i], k_pos[b, j], tiles.window)
+    scores = _dot(q_KRH, k_KCH, 2, 2)
+    K, R, C = scores.shape
+    scores = scores.reshape(K, -1, tiles.q, C)
+    return jnp.where(mask_QC[None, None], scores, MASKED).reshape(K, R, C)
+
+
+def _tile_keep(tiles, key, n, j, shape):
+    """The dropout factors of a tile: 0 or 1 / (1 - rate). The same in both passes."""
+    key = jax.random.fold_in(jax.random.fold_in(key, n), j)
+    return jax.random.bernoulli(key, 1 - tiles.dropout, shape) / (1 - tiles.dropout)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(tiles, q_BIKRH, k_BJKCH, v_BJKCH, ids, bounds, key):
+    """Attention on tiles; q is scaled already. See `_forward` and `_backward`."""
+    return _forward(tiles, q_BIKRH, k_BJKCH, v_BJKCH, ids, bounds, key)[0]
+
+
+def _forward(tiles, q_BIKRH, k_BJKCH, v_BJKCH, ids, bounds, key):
+    """Online softmax over the key tiles of each query tile."""
+    B, I, K, R, H = q_BIKRH.shape
+
+    def query_tile(n):
+        b, i = n // I, n % I
+        q_KRH = q_BIKRH[b, i]
+
+        def key_tile(j, carry):
+            out_KRH, top_KR, total_KR = carry
+            scores = _tile_scores(tiles, q_KRH, k_BJKCH[b, j], ids, b, i, j)
+            new_top = jnp.maximum(top_KR, scores.max(-1))
+            p_KRC = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top_KR - new_top)
+            total_KR = total_KR * shrink + p_KRC.sum(-1)
+            if tiles.dropout:
+                p_KRC = p_KRC * _tile_keep(tiles, key, n, j, p_KRC.shape)
+            v_KCH = v_BJKCH[b, j]
+            out_KRH = out_KRH * shrink[..., None] + _dot(p_KRC.astype(v_KCH.dtype), v_KCH, 2, 1)
+            return out_KRH, new_top, total_KR
+
+        # The running maximum starts above MASKED, so that exp(MASKED - top) is 0, never exp(0).
+        start = (
+            jnp.zeros((K, R, H), jnp.float32),
+            jnp.full((K, R), MASKED / 2, jnp.float32),
+            jnp.zeros((K, R), jnp.float32),
+        )
+        out_KRH, top_KR, total_KR = lax.fori_loop(bounds[0][b, i], bounds[1][b, i], key_tile, start)
+        seen = total_KR > 0
+        total_KR = jnp.where(seen, total_KR, 1.0)
+        lse_KR = jnp.where(seen, top_KR + jnp.log(total_KR), 0.0)
+        return (out_KRH / total_KR[..., None]).astype(q_BIKRH.dtype), lse_KR
+
+    out, lse = lax.map(query_tile, jnp.arange(B * I))
+    out = tag(out.reshape(B, I, K, R, H), "attention_out")
+    lse = tag(lse.reshape(B, I, K, R), "attention_lse")
+    return out, (q_BIKRH, k_BJKCH, v_BJKCH, ids, bounds, key, out, lse)
+
+
+def _backward(tiles, residuals, d_out):
+    """Probabilities again from the log-sum-exp, then the five products of each tile.
+
+    The gradients of k and v are accumulated transposed, [K, H, C], so that the product that makes
+    them transposes the narrow operand, not the scores.
+    """
+    q_BIKRH, k_BJKCH, v_BJKCH, ids, bounds, key, out, lse = residuals
+    B, I, K, R, H = q_BIKRH.shape
+    J, C = k_BJKCH.shape[1], k_BJKCH.shape[3]
+    delta_BIKR = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+
+    def query_tile(carry, n):
+        b, i = n // I, n % I
+        q_KRH, g_KRH = q_BIKRH[b, i], d_out[b, i]
+        lse_KR1, delta_KR1 = lse[b, i][..., None], delta_BIKR[b, i][..., None]
+
+        def key_tile(j, carry):
+            d_q, d_k, d_v = carry
+            k_KCH, v_KCH = k_BJKCH[b, j], v_BJKCH[b, j]
+            p_KRC = jnp.exp(_tile_scores(tiles, q_KRH, k_KCH, ids, b, i, j) - lse_KR1)
+            d_p = _dot(g_KRH, v_KCH, 2, 2)
+            dropped = p_KRC
+            if tiles.dropout:
+                keep = _tile_keep(tiles, key, n, j, p_KRC.shape)
+                dropped, d_p = p_KRC * keep, d_p * keep
+            d_s = (p_KRC * (d_p - delta_KR1)).astype(q_KRH.dtype)
+            d_v = d_v.at[b, j].add(transposed_dot_f32(g_KRH, dropped.astype(g_KRH.dtype)))
+            d_k = d_k.at[b, j].add(transposed_dot_f32(q_KRH, d_s))
+            return d_q + _dot(d_s, k_KCH, 2, 1), d_k, d_v
+
+        start = (jnp.zeros((K, R, H), jnp.float32), *carry)
+        d_q, *carry = lax.fori_loop(bounds[0][b, i], bounds[1][b, i], key_tile, start)
+        return tuple(carry), d_q.astype(q_BIKRH.dtype)
+
+    zeros = jnp.zeros((B, J, K, H, C), jnp.float32)
+    (d_k, d_v), d_q = lax.scan(query_tile, (zeros, zeros), jnp.arange(B * I))
+    d_k, d_v = (d.swapaxes(3, 4).astype(k_BJKCH.dtype) for d in (d_k, d_v))
+    return d_q.reshape(q_BIKRH.shape), d_k, d_v, None, None, None
+
+
+_tiled.defvjp(_forward, _backward)
