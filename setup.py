@@ -37,6 +37,7 @@ setup(
         "tensorflow-datasets==4.9.10",
         "array-record==0.8.6",
         "grain==0.2.18",
+        "etils[epath]>=1.15",
         "importlib_resources",  # tensorflow-datasets needs it and forgets to say so
         "sentencepiece==0.2.3",
         "tokenizers==0.23.3",
