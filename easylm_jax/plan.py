@@ -241,8 +241,8 @@ def as_text(rows: Sequence[Row]) -> str:
 LEGEND = """\
 . nothing is stored; h on the host. `down` is never stored: no gradient reads it. GFLOP: the matrix
 products named on the right, attention over the causal half. temp and peak (temp + parameters +
-gradients) are of the compiled gradient of all these layers. XLA's CPU backend stores bfloat16
-activations as float32 and counts host memory too: read an order, not an accelerator's memory."""
+gradients) are of the compiled gradient of all these layers. A CPU backend may store bfloat16 as
+float32 (jax 0.10 does) and has no host memory of its own: read an order, not absolute needs."""
 
 
 def _cell(arrays: Sequence[Saved]) -> str:

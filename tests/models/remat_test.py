@@ -11,7 +11,7 @@ import pytest
 from easylm_jax.batch import Batch
 from easylm_jax.models.attention import AttentionConfig
 from easylm_jax.models.llama import LlamaConfig, init_params
-from easylm_jax.models.remat import ALIASES, ATTENTION, LINEAR, NAMES, POLICIES, parse_policy, tag
+from easylm_jax.models.remat import ALIASES, NAMES, POLICIES, parse_policy, tag
 from easylm_jax.plan import gradient, saved_arrays
 
 B, T, D, N, K, H, F, L = 2, 24, 32, 4, 2, 10, 56, 2  # every width its own number
@@ -41,6 +41,7 @@ SHAPES = {
 # `down` is tagged and may be kept, but it only adds to the stream: no gradient reads it, and JAX
 # stores nothing that is not read.
 READ = ("q", "k", "v", "o", "gate", "up")
+ATTENTION = ("attention_out", "attention_lse")
 KEPT = {
     "full": (),
     "attention_only": ATTENTION,
@@ -122,8 +123,8 @@ def test_easylm_names_mean_what_remat_py_says():
     assert parse_policy("everything_saveable") is None
     assert set(parse_policy("nothing_saveable").values()) == {"recompute"}
     for alias, kept in (
-        ("checkpoint_dots_with_no_batch_dims", LINEAR),
-        ("checkpoint_dots", LINEAR + ATTENTION),
+        ("checkpoint_dots_with_no_batch_dims", {*READ, "down"}),
+        ("checkpoint_dots", {*READ, "down", *ATTENTION}),
     ):
         actions = parse_policy(alias)
         assert actions == {name: "keep" if name in kept else "recompute" for name in NAMES}
