@@ -97,8 +97,11 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch_divides(mesh: Mesh, *, rows: int, seq_len: int) -> None:
-    """Raise ValueError unless a batch of `rows` rows of `seq_len` tokens splits over the mesh."""
+def check_divides(mesh: Mesh, *, rows: int, seq_len: int, num_kv_heads: int) -> None:
+    """Raise ValueError unless `rows` rows of `seq_len` tokens, and the heads, split over the mesh.
+
+    Parameters are checked against their rules, in `sharding.py`.
+    """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % ways:
         fit = max(rows // ways, 1) * ways
@@ -109,4 +112,9 @@ def check_batch_divides(mesh: Mesh, *, rows: int, seq_len: int) -> None:
     if seq_len % mesh.shape["sequence"]:
         raise ValueError(
             f"rows of {seq_len} tokens do not split over sequence = {mesh.shape['sequence']}"
+        )
+    if num_kv_heads % (ways := mesh.shape["tensor"]):
+        raise ValueError(
+            f"num_kv_heads = {num_kv_heads} do not split over mesh axis tensor = {ways}; use "
+            f"tensor = {math.gcd(num_kv_heads, ways)} and more of fsdp or sequence"
         )

@@ -26,7 +26,7 @@ from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.prefetch import Prefetch
 from easylm_jax.data.source import DataConfig, heldout_batches, make_source
 from easylm_jax.evals.perplexity import evaluate, make_eval_sums
-from easylm_jax.mesh import DistributedConfig, check_batch_divides, make_mesh, start_processes
+from easylm_jax.mesh import DistributedConfig, check_divides, make_mesh, start_processes
 from easylm_jax.metrics import MetricLog, Throughput, flops_per_token, peak_flops
 from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, init_params, make_forward
 from easylm_jax.monitor import Monitor, parse_window, profiler
@@ -122,7 +122,9 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         mesh = make_mesh(cfg.mesh)
         stack.enter_context(jax.set_mesh(mesh))
         micro_rows = cfg.batch_size // cfg.micro_batches
-        check_batch_divides(mesh, rows=micro_rows, seq_len=cfg.seq_len)
+        check_divides(
+            mesh, rows=micro_rows, seq_len=cfg.seq_len, num_kv_heads=cfg.model.num_kv_heads
+        )
         tokenizer = load_tokenizer(cfg.tokenizer)
         _check_vocabulary(cfg, tokenizer)
         rows = local_rows(mesh, cfg.batch_size)
@@ -206,11 +208,9 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             on_bad_loss=cfg.guard.on_bad_loss,
         )
         if is_first:
+            config = dataclasses.asdict(cfg)
             run_files.record_start(
-                workdir,
-                dataclasses.asdict(cfg),
-                argv=sys.orig_argv,
-                save_tokenizer=tokenizer.save,
+                workdir, config, argv=sys.orig_argv, save_tokenizer=tokenizer.save
             )
         for line in _opening_lines(cfg, workdir, mesh.shape, abstract, restored, total_steps):
             monitor.note(line)
@@ -218,10 +218,10 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         def measure() -> None:
             if values := evaluate(eval_sums, state.params, map(place, heldout())):
                 log.write(step, {f"eval/heldout/{name}": v for name, v in values.items()})
-                monitor.note(
-                    f"step {step:,}: held-out loss {values['loss']:.4f} nats per token, "
-                    f"{values['bits_per_byte']:.4f} bits per byte"
+                text = (
+                    "step {:,}: held-out loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits"
                 )
+                monitor.note(f"{text} per byte".format(step, **values))
             if cfg.eval.prompts:
                 texts = _sample(cfg, state, tokenizer, ways=micro_rows)
                 pairs = zip(cfg.eval.prompts, texts, strict=True)

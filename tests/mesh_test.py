@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from easylm_jax.mesh import AXES, check_batch_divides, make_mesh, parse_mesh
+from easylm_jax.mesh import AXES, check_divides, make_mesh, parse_mesh
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_a_mesh_holds_every_device_once():
 
 def test_batches_that_do_not_split_are_refused_with_what_fits():
     mesh = make_mesh("2,2,2,1")
-    check_batch_divides(mesh, rows=12, seq_len=10)
+    check_divides(mesh, num_kv_heads=8, rows=12, seq_len=10)
     with pytest.raises(
         ValueError, match="10 rows .* replica x fsdp = 4; 2 are left over; use 8 or 12"
     ):
-        check_batch_divides(mesh, rows=10, seq_len=10)
+        check_divides(mesh, num_kv_heads=8, rows=10, seq_len=10)
     with pytest.raises(ValueError, match="3 rows .*; 3 are left over; use 4 or 8"):
-        check_batch_divides(mesh, rows=3, seq_len=10)
+        check_divides(mesh, num_kv_heads=8, rows=3, seq_len=10)
     with pytest.raises(ValueError, match="rows of 11 tokens do not split over sequence = 2"):
-        check_batch_divides(mesh, rows=12, seq_len=11)
+        check_divides(mesh, num_kv_heads=8, rows=12, seq_len=11)
