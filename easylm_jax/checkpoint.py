@@ -106,7 +106,7 @@ class Checkpointer:
             "arrays": {name: _describe(x) for name, x in arrays.items()},
         }
         raw = {name: _without_key_type(x) for name, x in arrays.items()}
-        self._current = (step, record, {name: checksum(x) for name, x in raw.items()})
+        self._current = (step, record, _checksums(raw))
         try:
             item = unflatten_dict(raw, sep="/")
             self._orbax.save(self._path(step), args=ocp.args.PyTreeSave(item), force=True)
@@ -280,6 +280,16 @@ def checksum(x: Array) -> UInt32[Array, ""]:
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
+@jax.jit
+def _all_checksums(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {name: checksum(x) for name, x in arrays.items()}
+
+
+def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
+    """One program, and nothing beside it: several CPU devices deadlock when two are under way."""
+    return jax.block_until_ready(_all_checksums(arrays))
+
+
 def _handler() -> ocp.PyTreeCheckpointHandler:
     # Compression makes saving four times slower, and trained weights a tenth smaller at best.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -378,7 +388,7 @@ def _load(path: epath.Path, saved: dict[str, Any], wanted: dict[str, Any]) -> di
     except Exception as error:  # tensorstore's errors have many types
         problem = f"Orbax cannot read it ({_first_line(error)})"
     _agree(problem)
-    sums = jax.device_get({name: checksum(arrays[name]) for name in wanted})
+    sums = jax.device_get(_checksums({name: arrays[name] for name in wanted}))
     wrong = [name for name in wanted if sums[name] != saved[name]["checksum"]]
     if wrong:
         raise _Damaged(f"{_listed(wrong)} differ from what was saved (wrong checksum)")
