@@ -106,7 +106,7 @@ def build_source(cfg: PrepareConfig, out: str, *, name: str, tokenizer: Tokenize
         print(f"{name}: already done")
         return info
     counts: Counter[str] = Counter()
-    documents = tqdm(_documents(cfg, name, counts), desc=f"{name}: read", unit=" documents")
+    documents = iter(tqdm(_documents(cfg, name, counts), desc=f"{name}: read", unit=" documents"))
     bar = None
 
     def progress(done: int, total: int) -> None:

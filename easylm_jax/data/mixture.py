@@ -85,7 +85,7 @@ class EpochRows:
         self.rows_per_epoch = stream.num_tokens // seq_len
         self._epoch, self._order, self._offset = -1, None, 0
 
-    def read(self, number: int) -> Int[np.ndarray, " T+1"]:
+    def read(self, number: int) -> Int[np.ndarray, " T_plus_1"]:
         epoch, index = divmod(number, self.rows_per_epoch)
         self._enter(epoch)
         start = (self._offset + self._order[index] * self._seq_len) % self._stream.num_tokens

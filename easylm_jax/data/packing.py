@@ -171,10 +171,12 @@ class PackedSource:
         seq_len: int,
         seed: int,
         rows: Sequence[int],
+        documents_left_out: int = 0,
     ):
         self._examples, self._seed = examples, seed
         self._batch_size, self._seq_len = batch_size, seq_len
         self._rows = rows
+        self._documents_left_out = documents_left_out  # by whoever read them; only reported
         self._packer = Packer(strategy, seq_len=seq_len, too_long=too_long, window=window)
         self._position = 0  # examples read so far
         self._made_of = f"{stable_hash(len(examples), strategy, too_long, window, seq_len, seed):x}"
@@ -188,6 +190,7 @@ class PackedSource:
             "data/examples": float(self._position),
             "data/epochs": self._position / len(self._examples),
             "data/examples_cut": float(self._packer.counts["cut"]),
+            "data/documents_left_out": float(self._documents_left_out),
             "data/examples_dropped": float(self._packer.counts["dropped"]),
         }
         return lay_out([rows[i] for i in self._rows], self._seq_len), metrics

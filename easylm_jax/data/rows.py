@@ -11,7 +11,7 @@ from jaxtyping import Int
 from easylm_jax.batch import Batch
 
 
-def rows_to_batch(rows: Int[np.ndarray, "B T+1"], *, bos_id: int) -> Batch:
+def rows_to_batch(rows: Int[np.ndarray, "B T_plus_1"], *, bos_id: int) -> Batch:
     """Rows cut from a stream BOS doc EOS BOS doc EOS: each BOS starts a segment.
 
     With BOS = 1, EOS = 2 and T = 6, the row 8 9 2 1 7 2 1 gives

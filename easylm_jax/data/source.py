@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -30,6 +30,7 @@ from easylm_jax.text.example import document_example, encode_example
 from easylm_jax.text.tokenizer import Tokenizer
 
 
+@runtime_checkable
 class Source(Protocol):
     """An endless supply of batches that can be saved and restored exactly."""
 
@@ -87,11 +88,16 @@ def make_source(
     }
     if _is_prepared(cfg):
         streams = _open_streams(cfg, "train", tokenizer)
-        weights = cfg.weights or {name: s.num_tokens for name, s in streams.items()}
+        weights = cfg.weights or {name: float(s.num_tokens) for name, s in streams.items()}
         return MixtureSource(streams, weights, max_epochs=cfg.max_epochs, **shape)
     examples = _FileExamples(cfg.files, cfg, tokenizer)
     return PackedSource(
-        examples, strategy=cfg.packing, too_long=cfg.too_long, window=cfg.window, **shape
+        examples,
+        strategy=cfg.packing,
+        too_long=cfg.too_long,
+        window=cfg.window,
+        documents_left_out=examples.left_out,
+        **shape,
     )
 
 
@@ -199,7 +205,7 @@ def _cut_spans(spans: Sequence[tuple[TokenStream, int] | None], seq_len: int, bo
         if span is not None:
             stream, start = span
             lengths[b] = min(seq_len + 1, stream.num_tokens - start)
-            rows[b, : lengths[b]] = stream.read(start, lengths[b])
+            rows[b, : lengths[b]] = stream.read(start, int(lengths[b]))
     batch = rows_to_batch(rows, bos_id=bos_id)
     real = np.arange(seq_len) < lengths[:, None] - 1
     return batch.replace(
@@ -218,6 +224,7 @@ class _FileExamples(Sequence):
             files, counts=counts, text_field=cfg.text_field, on_bad_line=cfg.on_bad_line
         )
         self._texts = [document.text for document in documents]
+        self.left_out = sum(counts.values())
         self._tokenizer = tokenizer
         if not self._texts:
             raise ValueError(
