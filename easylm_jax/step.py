@@ -66,14 +66,14 @@ def train_step(
     weight = jnp.maximum(sums["loss"][1], 1e-8)
     grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
     metrics = {name: total / jnp.maximum(w, 1e-8) for name, (total, w) in sums.items()}
-    metrics |= {"grad_norm": optax.global_norm(grads), "tokens": sums["loss"][1]}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "tokens": sums["loss"][1]}
 
     good, trend = _judge(state.trend, metrics["loss"], metrics["grad_norm"], guard)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    if guard.on_bad_loss != "ignore":
-        params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
-    metrics["skipped"] = 1.0 - good.astype(jnp.float32)
+    refused = ~good & (guard.on_bad_loss != "ignore")
+    params, opt_state = _where(refused, (state.params, state.opt_state), (params, opt_state))
+    metrics["skipped"] = refused.astype(jnp.float32)
     state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, trend=trend)
     return state, metrics
 
