@@ -18,6 +18,7 @@ skipped, so keep two.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,7 +69,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str, *, keep_last: int, milestone_every: int = 0) -> None:
-        self._directory = epath.Path(directory)
+        self._directory = _absolute(directory)
         self._keep_last = keep_last
         self._milestone_every = milestone_every
         self._orbax = ocp.AsyncCheckpointer(
@@ -240,7 +241,7 @@ def restore_params(path: str, abstract_params: Any) -> Any:
     Laid out as `abstract_params` (`jax.ShapeDtypeStruct` with shardings) asks, and cast to its
     dtypes. There is no falling back: a damaged checkpoint is a CheckpointError.
     """
-    directory = epath.Path(path)
+    directory = _absolute(path)
     if steps := _finished_steps(directory):
         directory = directory / f"{steps[-1]:08d}"
     if not (directory / COMMIT).exists():
@@ -288,6 +289,11 @@ def _all_checksums(arrays: dict[str, Array]) -> dict[str, Array]:
 def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
     """One program, and nothing beside it: several CPU devices deadlock when two are under way."""
     return jax.block_until_ready(_all_checksums(arrays))
+
+
+def _absolute(path: str) -> epath.Path:
+    """Orbax wants no relative paths."""
+    return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

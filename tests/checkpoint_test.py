@@ -132,6 +132,14 @@ def test_keeps_the_newest_and_the_milestones_and_nothing_else(tmp_path):
     assert checkpointer.all_steps() == [5, 10, 14, 15] and checkpointer.latest_step() == 15
 
 
+def test_a_relative_directory_is_fine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_all("runs/x", [1])
+    params = make_state(1)["params"]
+    restored = restore_params("runs/x", abstract(params, make_mesh("one")))
+    assert as_bytes(restored) == as_bytes(params)
+
+
 def test_nothing_saved_is_a_fresh_start(tmp_path):
     assert restore(tmp_path / "absent") is None
     (tmp_path / "00000001.orbax-checkpoint-tmp").mkdir()
