@@ -22,7 +22,7 @@ def get_config():
             data=DataConfig(
                 root="runs/quickstart_data",
                 weights={"books": 0.6, "gov": 0.2, "peps": 0.2},
-                max_epochs=4,
+                max_epochs=4.0,
             ),
             duration="600 steps",
             batch_size=16,
