@@ -7,13 +7,11 @@ import contextlib
 import dataclasses
 import io
 import json
-import random
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from easylm_jax.config import as_config_dict, from_config_dict
@@ -23,7 +21,8 @@ from easylm_jax.optim import OptimConfig
 from easylm_jax.prepare import PrepareConfig, prepare
 from easylm_jax.step import GuardConfig
 from easylm_jax.train import CheckpointConfig, EvalConfig, TrainConfig, train
-from easylm_jax.tree import named_leaves
+from tests import command
+from tests.command import largest_difference
 from tests.tiny import tiny_config
 
 STEPS, SAVED = 8, 4
@@ -39,11 +38,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    rng = random.Random(0)
-    lines = ("".join(rng.choices("abcdefgh ", k=rng.randint(5, 60))) for _ in range(100))
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return str(path)
+    return command.write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +88,7 @@ def _interrupted(finished: str, tmp_path: Path) -> str:
 
 
 def _arrays(workdir: str, step: int = STEPS) -> dict[str, np.ndarray]:
-    """Read by Orbax alone, not by the code under test."""
-    path = Path(workdir) / "checkpoints" / f"{step:08d}"
-    return {
-        k: np.asarray(v) for k, v in named_leaves(ocp.PyTreeCheckpointer().restore(path)).items()
-    }
+    return command.arrays(Path(workdir), step)
 
 
 def _logged(workdir: str) -> list[dict]:
@@ -105,13 +96,6 @@ def _logged(workdir: str) -> list[dict]:
     return [
         {k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in rows
     ]
-
-
-def _largest_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
-    """Of the parameters, relative to the largest entry of each."""
-    names = [name for name in b if name.startswith("params")]
-    assert names
-    return max(np.abs(a[n] - b[n]).max() / np.abs(b[n]).max() for n in names)
 
 
 @pytest.mark.parametrize("kind", ["files", "root"])
@@ -134,7 +118,7 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(kind, base, root, finished, t
 def test_another_mesh_changes_rounding_only(change, base, finished, tmp_path):
     workdir = _interrupted(finished, tmp_path)
     train(dataclasses.replace(base, **change), workdir)
-    assert _largest_difference(_arrays(workdir), _arrays(finished)) < 1e-4
+    assert largest_difference(_arrays(workdir), _arrays(finished)) < 1e-4
 
 
 def test_micro_batches_change_rounding_only(base, tmp_path):
@@ -143,7 +127,7 @@ def test_micro_batches_change_rounding_only(base, tmp_path):
     train(base, str(tmp_path / "one"))
     workdir = _interrupted(str(tmp_path / "one"), tmp_path)
     train(dataclasses.replace(base, micro_batches=2), workdir)
-    assert _largest_difference(_arrays(workdir), _arrays(str(tmp_path / "one"))) < 1e-4
+    assert largest_difference(_arrays(workdir), _arrays(str(tmp_path / "one"))) < 1e-4
 
 
 def test_a_finished_run_goes_on_for_longer(base, finished, tmp_path):
@@ -205,7 +189,7 @@ def test_left_out_documents_are_counted(base, text, tmp_path):
     train(dataclasses.replace(base, data=data, duration="2 steps"), str(tmp_path / "run"))
     assert _logged(str(tmp_path / "run"))[-1]["data/documents_left_out"] == 2
     data = dataclasses.replace(data, on_bad_line="error")
-    with pytest.raises(ValueError, match="bad.jsonl, line 101 is not JSON"):
+    with pytest.raises(ValueError, match="bad.jsonl, line 201 is not JSON"):
         train(dataclasses.replace(base, data=data), str(tmp_path / "other"))
 
 
