@@ -65,5 +65,3 @@ def check_batch(batch: Batch, *, vocab_size: int) -> None:
         raise ValueError("batch.positions do not count up by one within a segment")
     if np.any(batch.weights[batch.segment_ids == 0] != 0):
         raise ValueError("batch.weights are not 0 on padding")
-
-

@@ -30,11 +30,13 @@ class Monitor:
         progress: Progress | None,
         throughput: Throughput,
         *,
+        tokens_per_step: int,
         schedule: Schedule,
         log_every: int,
         on_bad_loss: str,
     ):
         self._log, self._progress, self._throughput = log, progress, throughput
+        self._tokens_per_step = tokens_per_step
         self._schedule, self._log_every = schedule, log_every
         self._on_bad_loss = on_bad_loss
         self.must_stop: str | None = None
@@ -81,6 +83,7 @@ class Monitor:
         speed = self._throughput.summary()
         values = values | {"loss": _mean(self._losses), "learning_rate": self._schedule(step - 1)}
         row: dict[str, Any] = {f"train/{k}": v for k, v in values.items() if k != "skipped"}
+        row["train/tokens"] = step * self._tokens_per_step  # so far
         row |= {k: v for k, v in data.items() if k != "data/wait_seconds"}
         row |= speed | memory_stats() | {"guard/skipped": self._num_skipped}
         self._log.write(step, row)

@@ -56,7 +56,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """The state after one update from `batch` ([B, T], B a multiple of `num_micro_batches`).
 
-    Metrics: the objective's entries as means, `grad_norm`, `tokens` (the summed loss weight), and
+    Metrics: the objective's entries as means, `grad_norm`, `loss_weight` (its sum), and
     `skipped` (1.0 where the guard refused the update).
     """
     rng = jax.random.fold_in(state.rng, state.step)
@@ -66,7 +66,7 @@ def train_step(
     weight = jnp.maximum(sums["loss"][1], 1e-8)
     grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
     metrics = {name: total / jnp.maximum(w, 1e-8) for name, (total, w) in sums.items()}
-    metrics |= {"grad_norm": optax.tree.norm(grads), "tokens": sums["loss"][1]}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "loss_weight": sums["loss"][1]}
 
     good, trend = _judge(state.trend, metrics["loss"], metrics["grad_norm"], guard)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

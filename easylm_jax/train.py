@@ -8,37 +8,36 @@ the same parameters as if it had not been. `train` reads from top to bottom; the
 import contextlib
 import dataclasses
 import functools
-import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from easylm_jax import workdir as run_files
+from easylm_jax.banner import closing_lines, opening_lines
 from easylm_jax.batch import check_batch
-from easylm_jax.checkpoint import Checkpointer, CheckpointError, Restored, restore_params
+from easylm_jax.checkpoint import Checkpointer, CheckpointError, restore_params
 from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.prefetch import Prefetch
 from easylm_jax.data.source import DataConfig, heldout_batches, make_source
 from easylm_jax.evals.perplexity import evaluate, make_eval_sums
+from easylm_jax.evals.samples import sample_texts
 from easylm_jax.mesh import DistributedConfig, check_divides, make_mesh, start_processes
 from easylm_jax.metrics import MetricLog, Throughput, flops_per_token, peak_flops
 from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, init_params, make_forward
 from easylm_jax.monitor import Monitor, parse_window, profiler
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer, make_schedule, parse_duration
+from easylm_jax.preflight import check_same_run, check_same_tokenizer, check_vocabulary
 from easylm_jax.progress import Progress
-from easylm_jax.sampler import generate, pad_prompts
 from easylm_jax.sharding import local_rows, to_global
 from easylm_jax.step import GuardConfig, train_step
 from easylm_jax.stopping import stop_signals
-from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
-from easylm_jax.train_state import TrainState, abstract_state, init_state
+from easylm_jax.text.tokenizer import load_tokenizer
+from easylm_jax.train_state import abstract_state, init_state
 from easylm_jax.tree import num_elements
 
 
@@ -100,15 +99,6 @@ class TrainConfig:
             )
 
 
-# What may change when a run is resumed, since it does not change what a step computes. Another
-# duration changes the rest of the schedule; that is what "go on for longer" means.
-FREE_TO_CHANGE = (
-    *("eval", "checkpoint", "mesh", "distributed", "log_every", "peak_flops", "profile"),
-    *("duration", "guard", "micro_batches", "model.remat", "model.layer_unroll"),
-    *("model.attention.implementation", "model.attention.block_q", "model.attention.block_k"),
-)
-
-
 def train(cfg: TrainConfig, workdir: str) -> None:
     """The whole run. Every process of it calls this."""
     start_processes(cfg.distributed)
@@ -126,7 +116,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             mesh, rows=micro_rows, seq_len=cfg.seq_len, num_kv_heads=cfg.model.num_kv_heads
         )
         tokenizer = load_tokenizer(cfg.tokenizer)
-        _check_vocabulary(cfg, tokenizer)
+        check_vocabulary(tokenizer, cfg.model.vocab_size)
         rows = local_rows(mesh, cfg.batch_size)
         shape = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len, tokenizer=tokenizer, rows=rows)
         source = make_source(cfg.data, **shape)
@@ -156,6 +146,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         )
         abstract = abstract_state(make_state, mesh, PARAM_RULES)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        num_params = num_elements(abstract.params)
         checkpoints = Checkpointer(
             f"{workdir}/checkpoints",
             keep_last=cfg.checkpoint.keep_last,
@@ -163,9 +154,9 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         )
         stack.callback(checkpoints.close)
         if checkpoints.latest_step() is not None:
-            _check_same_run(cfg, workdir)
+            check_same_run(dataclasses.asdict(cfg), workdir)
         if restored := checkpoints.restore_latest(abstract):
-            _check_same_tokenizer(restored.side["tokenizer"], tokenizer, workdir)
+            check_same_tokenizer(restored.side["tokenizer"], tokenizer, workdir)
             state, step = restored.state, restored.step
             source.restore(restored.side["data"])
         else:
@@ -203,6 +194,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
                 causal_flops_per_token=_flops_per_token(cfg),
                 peak=peak_flops(jax.devices()[0].device_kind, cfg.peak_flops),
             ),
+            tokens_per_step=tokens_per_step,
             schedule=schedule,
             log_every=cfg.log_every,
             on_bad_loss=cfg.guard.on_bad_loss,
@@ -212,18 +204,38 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             run_files.record_start(
                 workdir, config, argv=sys.orig_argv, save_tokenizer=tokenizer.save
             )
-        for line in _opening_lines(cfg, workdir, mesh.shape, abstract, restored, total_steps):
+        for line in opening_lines(
+            workdir,
+            mesh_shape=mesh.shape,
+            num_params=num_params,
+            total_steps=total_steps,
+            rows=cfg.batch_size,
+            seq_len=cfg.seq_len,
+            restored=restored,
+            init_from=cfg.init_from,
+        ):
             monitor.note(line)
 
         def measure() -> None:
-            if values := evaluate(eval_sums, state.params, map(place, heldout())):
-                log.write(step, {f"eval/heldout/{name}": v for name, v in values.items()})
-                text = (
-                    "step {:,}: held-out loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits"
+            values = evaluate(eval_sums, state.params, map(place, heldout()))
+            row = {f"eval/heldout/{name}": value for name, value in values.items()}
+            log.write(step, row | {"model/parameters": num_params})
+            if values:
+                monitor.note(
+                    f"step {step:,}: held-out loss {values['loss']:.4f} nats per token, "
+                    f"{values['bits_per_byte']:.4f} bits per byte"
                 )
-                monitor.note(f"{text} per byte".format(step, **values))
             if cfg.eval.prompts:
-                texts = _sample(cfg, state, tokenizer, ways=micro_rows)
+                texts = sample_texts(
+                    state.params,
+                    cfg.eval.prompts,
+                    config=cfg.model,
+                    tokenizer=tokenizer,
+                    max_new_tokens=cfg.eval.sample_tokens,
+                    temperature=cfg.eval.temperature,
+                    seed=cfg.seed,
+                    rows_multiple=micro_rows,
+                )
                 pairs = zip(cfg.eval.prompts, texts, strict=True)
                 log.write_text(step, [{"prompt": p, "text": t} for p, t in pairs])
 
@@ -267,111 +279,19 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             raise CheckpointError(f"the last checkpoint, of step {step}, was not written")
         if progress:
             progress.close()
-            for line in _closing_lines(workdir, step, total_steps):
+            for line in closing_lines(workdir, step, total_steps):
                 progress.note(line)
         if monitor.must_stop:  # the state is good: it does not have the bad update
             raise ValueError(monitor.must_stop)
 
 
-# ---- checks before the first step ----
-
-
-def _check_vocabulary(cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > cfg.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer {cfg.tokenizer} has {tokenizer.vocab_size} tokens, but the model's "
-            f"embedding has {cfg.model.vocab_size}; set model.vocab_size to at least "
-            f"{tokenizer.vocab_size} or use the model's own tokenizer"
-        )
-
-
-def _check_same_tokenizer(saved: str, tokenizer: Tokenizer, workdir: str) -> None:
-    if saved != tokenizer.fingerprint:
-        raise ValueError(
-            f"the checkpoint in {workdir} was trained with another tokenizer (fingerprint "
-            f"{saved[:12]}, got {tokenizer.fingerprint[:12]}); use {workdir}/tokenizer"
-        )
-
-
-def _check_same_run(cfg: TrainConfig, workdir: str) -> None:
-    """A resumed run must compute what the run before would have."""
-    old = run_files.read_config(workdir)
-    if old is None:
-        return
-    changes = run_files.compare_config(old, dataclasses.asdict(cfg))
-    if fixed := run_files.without(changes, FREE_TO_CHANGE):
-        raise ValueError(
-            f"{workdir} holds a run with other settings ({'; '.join(map(str, fixed[:5]))}"
-            f"{' ...' if len(fixed) > 5 else ''}); restore them, or take another --workdir and "
-            f"set init_from={workdir}/checkpoints to start from its parameters"
-        )
-
-
 # ---- parts of the run ----
-
-
-def _sample(cfg: TrainConfig, state: TrainState, tokenizer: Tokenizer, *, ways: int) -> list[str]:
-    """A continuation of every prompt; the same seed each time, so that samples compare."""
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in cfg.eval.prompts]
-    prompts, lengths = pad_prompts(ids, rows_multiple=ways)
-    out = generate(
-        state.params,
-        prompts,
-        lengths,
-        jax.random.key(cfg.seed),
-        config=cfg.model,
-        max_new_tokens=cfg.eval.sample_tokens,
-        eos_id=tokenizer.eos_id,
-        vocab_size=tokenizer.vocab_size,
-        temperature=cfg.eval.temperature,
-    )
-    rows = multihost_utils.process_allgather(out, tiled=True)[: len(ids)].tolist()
-    return [tokenizer.decode([i for i in row if i != tokenizer.eos_id]) for row in rows]
 
 
 def _flops_per_token(cfg: TrainConfig) -> float:
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
     sizes = {name: getattr(cfg.model, name) for name in names}
     return flops_per_token(**sizes, seq_len=cfg.seq_len)["causal"]
-
-
-def _opening_lines(
-    cfg: TrainConfig,
-    workdir: str,
-    mesh_shape: dict[str, int],
-    abstract: TrainState,
-    restored: Restored | None,
-    total_steps: int,
-) -> Iterator[str]:
-    sizes = ", ".join(f"{name} {size}" for name, size in mesh_shape.items())
-    yield f"{jax.device_count()} x {jax.devices()[0].device_kind}: {sizes}"
-    yield (
-        f"{num_elements(abstract.params):,} parameters, "
-        f"{total_steps:,} steps of {cfg.batch_size} rows x {cfg.seq_len} tokens = "
-        f"{total_steps * cfg.batch_size * cfg.seq_len:,} tokens"
-    )
-    yield f"everything is written to {workdir}"
-    if restored is not None:
-        yield from restored.skipped
-        yield f"resuming after step {restored.step:,}"
-    elif cfg.init_from:
-        yield f"starting from the parameters in {cfg.init_from}"
-
-
-def _closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:
-    yield f"{'finished' if step == total_steps else 'stopped'} after step {step:,}/{total_steps:,}"
-    yield f"checkpoint  {workdir}/checkpoints/{step:08d}"
-    try:
-        from easylm_jax.report import write_report
-
-        yield f"report      {write_report(workdir)}"
-    except ImportError:
-        yield "report      not written: it needs `pip install easylm_jax[report]`"
-    command = sys.orig_argv
-    if step == total_steps:
-        command = [arg for arg in command if not arg.startswith("--config.duration=")]
-        command.append(f"--config.duration={2 * total_steps} steps")
-    yield f"continue    {shlex.join(command)}"
 
 
 def main(argv: list[str]) -> None:

@@ -17,6 +17,7 @@ PATH = (
     "easylm_jax/step.py",
     "easylm_jax/objectives.py",
     "easylm_jax/models/llama.py",
+    "easylm_jax/models/attention.py",
     "easylm_jax/models/linear.py",
     "easylm_jax/optim.py",
 )

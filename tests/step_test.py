@@ -135,7 +135,7 @@ def test_metrics_are_weighted_means_and_the_norm_of_the_mean_gradient():
     batch = uneven_batch()
     sums = jax.jit(OBJECTIVE)(tiny_params(), None, batch, None)
     weight = np.asarray(batch.weights, np.float64).sum()
-    np.testing.assert_allclose(metrics["tokens"], weight, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss_weight"], weight, rtol=1e-6)
     for name in ("loss", "accuracy"):
         np.testing.assert_allclose(metrics[name], float(sums[name][0]) / weight, rtol=1e-6)
     norm = np.sqrt(

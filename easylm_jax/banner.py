@@ -1,0 +1,52 @@
+"""The first and the last lines that a run prints. Called by `train.py` alone."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+
+import jax
+
+from easylm_jax.checkpoint import Restored
+
+
+def opening_lines(
+    workdir: str,
+    *,
+    mesh_shape: Mapping[str, int],
+    num_params: int,
+    total_steps: int,
+    rows: int,
+    seq_len: int,
+    restored: Restored | None,
+    init_from: str | None,
+) -> Iterator[str]:
+    """Devices, sizes, where things go, and where the parameters come from."""
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh_shape.items())
+    yield f"{jax.device_count()} x {jax.devices()[0].device_kind}: {sizes}"
+    yield (
+        f"{num_params:,} parameters, {total_steps:,} steps of {rows} rows x {seq_len} tokens = "
+        f"{total_steps * rows * seq_len:,} tokens"
+    )
+    yield f"everything is written to {workdir}"
+    if restored is not None:
+        yield from restored.skipped
+        yield f"resuming after step {restored.step:,}"
+    elif init_from:
+        yield f"starting from the parameters in {init_from}"
+
+
+def closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:
+    """How far the run came, what to look at, and the command that goes on with it."""
+    yield f"{'finished' if step == total_steps else 'stopped'} after step {step:,}/{total_steps:,}"
+    yield f"checkpoint  {workdir}/checkpoints/{step:08d}"
+    try:
+        from easylm_jax.report import write_report
+
+        yield f"report      {write_report(workdir)}"
+    except ImportError:
+        yield "report      not written: it needs `pip install easylm_jax[report]`"
+    command = sys.orig_argv
+    if step == total_steps:
+        command = [arg for arg in command if not arg.startswith("--config.duration=")]
+        command.append(f"--config.duration={2 * total_steps} steps")
+    yield f"continue    {shlex.join(command)}"

@@ -1,0 +1,50 @@
+"""What must agree before a run may start or go on: one sentence each where it does not.
+
+Called by `train.py` alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from easylm_jax.text.tokenizer import Tokenizer
+from easylm_jax.workdir import compare_config, read_config, without
+
+# What may change when a run is resumed, since it does not change what a step computes. Another
+# duration changes the rest of the schedule; that is what "go on for longer" means.
+FREE_TO_CHANGE = (
+    *("eval", "checkpoint", "mesh", "distributed", "log_every", "peak_flops", "profile"),
+    *("duration", "guard", "micro_batches", "model.remat", "model.layer_unroll"),
+    *("model.attention.implementation", "model.attention.block_q", "model.attention.block_k"),
+)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Every id of the tokenizer has a row in the embedding."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has "
+            f"{vocab_size}; set model.vocab_size to at least {tokenizer.vocab_size} or use the "
+            "model's own tokenizer"
+        )
+
+
+def check_same_tokenizer(saved: str, tokenizer: Tokenizer, workdir: str) -> None:
+    """The checkpoint was trained with this tokenizer; `saved` is the fingerprint in it."""
+    if saved != tokenizer.fingerprint:
+        raise ValueError(
+            f"the checkpoint in {workdir} was trained with another tokenizer (fingerprint "
+            f"{saved[:12]}, got {tokenizer.fingerprint[:12]}); use {workdir}/tokenizer"
+        )
+
+
+def check_same_run(config: Mapping[str, Any], workdir: str) -> None:
+    """A resumed run computes what the run before would have."""
+    old = read_config(workdir)
+    if old is None:
+        return
+    if fixed := without(compare_config(old, config), FREE_TO_CHANGE):
+        raise ValueError(
+            f"{workdir} holds a run with other settings ({'; '.join(map(str, fixed[:5]))}"
+            f"{' ...' if len(fixed) > 5 else ''}); restore them, or take another --workdir and "
+            f"set init_from={workdir}/checkpoints to start from its parameters"
+        )
