@@ -71,7 +71,7 @@ class Monitor:
         self._clock = now
         if math.isfinite(values["loss"]):
             self._losses.append(values["loss"])
-        if values["skipped"]:
+        if values["skipped"] or not math.isfinite(values["loss"]):
             self._bad_step(step, values)
         if step % self._log_every == 0:
             self._write(step, values, data)
@@ -96,8 +96,8 @@ class Monitor:
     def _bad_step(self, step: int, values: dict[str, float]) -> None:
         text = f"step {step:,} is bad: loss {values['loss']:.4g}, "
         text += f"gradient norm {values['grad_norm']:.4g}; its update was "
-        text += "made all the same" if self._on_bad_loss == "ignore" else "not made"
-        self._num_skipped += self._on_bad_loss != "ignore"
+        text += "not made" if values["skipped"] else "made all the same"
+        self._num_skipped += int(values["skipped"])
         if self._on_bad_loss == "stop":
             self.must_stop = self.must_stop or f"{text}, and guard.on_bad_loss = 'stop'"
         self.note(text)

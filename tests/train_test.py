@@ -114,6 +114,7 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(kind, base, root, finished, t
 
 
 # Sums over devices are made in another order; Adam amplifies that where gradients are near 0.
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(mesh="2,2,1,2"), dict(mesh="1,2,4,1")])
 def test_another_mesh_changes_rounding_only(change, base, finished, tmp_path):
     workdir = _interrupted(finished, tmp_path)
@@ -121,6 +122,7 @@ def test_another_mesh_changes_rounding_only(change, base, finished, tmp_path):
     assert largest_difference(_arrays(workdir), _arrays(finished)) < 1e-4
 
 
+@pytest.mark.slow
 def test_micro_batches_change_rounding_only(base, tmp_path):
     """Without dropout, whose masks are drawn per micro-batch."""
     base = dataclasses.replace(base, model=tiny_config(vocab_size=264))
@@ -130,6 +132,7 @@ def test_micro_batches_change_rounding_only(base, tmp_path):
     assert largest_difference(_arrays(workdir), _arrays(str(tmp_path / "one"))) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_for_longer(base, finished, tmp_path):
     workdir = str(tmp_path / "longer")
     shutil.copytree(finished, workdir)
@@ -166,6 +169,7 @@ def test_init_from_takes_the_parameters_alone(base, finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_guard_names_the_bad_step(base, tmp_path):
     explodes = OptimConfig(lr=1e30, warmup="0 steps", clip_norm=0.0)
     skip = dataclasses.replace(base, optim=explodes)
@@ -187,7 +191,8 @@ def test_left_out_documents_are_counted(base, text, tmp_path):
     bad.write_text(Path(text).read_text() + 'no json\n{"txt": "x"}\n')
     data = DataConfig(files=(str(bad),), on_bad_line="skip")
     train(dataclasses.replace(base, data=data, duration="2 steps"), str(tmp_path / "run"))
-    assert _logged(str(tmp_path / "run"))[-1]["data/documents_left_out"] == 2
+    told = [row.get("data/documents_left_out") for row in _logged(str(tmp_path / "run"))]
+    assert 2 in told
     data = dataclasses.replace(data, on_bad_line="error")
     with pytest.raises(ValueError, match="bad.jsonl, line 201 is not JSON"):
         train(dataclasses.replace(base, data=data), str(tmp_path / "other"))
