@@ -100,12 +100,13 @@ def d_loss_d_embeddings(params, batch: Batch, *, config):
 
 
 def assert_one_document_changes_alone(config):
-    """Another token in the middle document of row 0: exactly nothing changes elsewhere."""
-    params, batch = tiny_params(), tiny_batch(2)
+    """Another first token of the middle document of row 2: exactly nothing changes elsewhere."""
+    params, batch = tiny_params(), tiny_batch(1)
     segments = np.asarray(batch.segment_ids)
-    inside = (np.arange(4)[:, None] == 0) & (segments == 2)
-    t = int(np.flatnonzero(inside[0])[1])
-    other = batch.replace(tokens=batch.tokens.at[0, t].set((batch.tokens[0, t] + 1) % VOCAB))
+    inside = (np.arange(4)[:, None] == 2) & (segments == 2)
+    t = int(np.flatnonzero(inside[2])[0])
+    assert segments[2, 8:16].tolist() == [1] + [2] * 5 + [3] * 2  # all three in one tile
+    other = batch.replace(tokens=batch.tokens.at[2, t].set((batch.tokens[2, t] + 1) % VOCAB))
     before, after = (logits_and_losses(params, b, config=config) for b in (batch, other))
     for old, new in zip(before, after, strict=True):
         changed = np.asarray(old != new).reshape(*segments.shape, -1).any(-1)

@@ -1,6 +1,7 @@
 """The published models: their parameter counts, and that each can be trained at full size."""
 
 import functools
+import math
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, init_params, num_p
 from easylm_jax.models.presets import PRESETS, preset
 from easylm_jax.optim import OptimConfig, make_optimizer
 from easylm_jax.train_state import abstract_state, init_state
+from easylm_jax.tree import named_leaves
 
 # As the published checkpoints hold them, tied embeddings counted once.
 PUBLISHED = {
@@ -61,12 +63,9 @@ def test_training_state_at_full_size_splits_over_eight_devices(name):
     held = [jax.tree.leaves(tree) for tree in (state.params, state.opt_state)]
     sizes = [sum(leaf.size for leaf in leaves) for leaves in held]
     assert sizes[0] == count(cfg) and sizes[1] - 2 * sizes[0] in (1, 2)  # moments, step counts
-    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in held[0]]
-    assert sum(map(_product, shards)) < 1.01 * count(cfg) / 8 + 1e6  # only norms and biases whole
-
-
-def _product(shape) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
+    for name, leaf in named_leaves(state.params).items():
+        ways = 1 if name.endswith(("scale", "bias")) else 8
+        assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * ways == leaf.size, name
 
 
 def test_fields_can_be_replaced_and_a_wrong_name_gets_the_near_ones():
