@@ -17,20 +17,20 @@ from easylm_jax.train import CheckpointConfig, EvalConfig, TrainConfig
 def get_config():
     return as_config_dict(
         TrainConfig(
-            model=preset("tiny", vocab_size=8192),
+            model=preset("tiny"),
             tokenizer="runs/quickstart_data/tokenizer",
             data=DataConfig(
                 root="runs/quickstart_data",
                 weights={"books": 0.6, "gov": 0.2, "peps": 0.2},
                 max_epochs=4.0,
             ),
-            duration="600 steps",
+            duration="240 steps",
             batch_size=16,
             seq_len=256,
             optim=OptimConfig(lr=2e-3, warmup="5%"),
-            checkpoint=CheckpointConfig(every="100 steps"),
+            checkpoint=CheckpointConfig(every="60 steps"),
             eval=EvalConfig(
-                every="100 steps",
+                every="80 steps",
                 max_batches=12,
                 prompts=("It was a dark and", "The agency", "This PEP proposes"),
                 sample_tokens=60,
