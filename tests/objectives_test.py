@@ -90,6 +90,7 @@ def test_tokens_of_weight_zero_change_nothing_however_large():
     assert (d_hidden[ignored] == 0).all()
 
 
+@pytest.mark.slow
 def test_tied_heads_add_both_gradients():
     """The gradient in a tied table is that of an untied embedding plus that of an untied head."""
     params, batch = tiny_params(), tiny_batch()

@@ -179,7 +179,13 @@ def test_blockwise_dropout_equals_a_dense_computation_with_the_same_mask():
     assert_close(grads, vjp(d_out)[0], rtol=5e-6)
 
 
-@pytest.mark.parametrize("config", [DROPPING, dataclasses.replace(REFERENCE, dropout=RATE)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(DROPPING, marks=pytest.mark.slow, id="blockwise"),
+        pytest.param(dataclasses.replace(REFERENCE, dropout=RATE), id="reference"),
+    ],
+)
 def test_dropout_keeps_the_expectation_and_needs_a_key(config):
     arrays, where = draw(6, 24, B=1)
     plain = attention(*arrays, **where, config=REFERENCE)

@@ -201,6 +201,7 @@ def test_each_regulariser_acts_with_a_key_and_only_then(name):
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_all_regularisers_together_have_finite_gradients():
     cfg = tiny_config(**{k: v for changes in REGULARISERS.values() for k, v in changes.items()})
     objective = cross_entropy(make_forward(cfg))
