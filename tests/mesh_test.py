@@ -64,3 +64,12 @@ def test_batches_that_do_not_split_are_refused_with_what_fits():
         check_divides(mesh, num_kv_heads=8, rows=3, seq_len=10)
     with pytest.raises(ValueError, match="rows of 11 tokens do not split over sequence = 2"):
         check_divides(mesh, num_kv_heads=8, rows=12, seq_len=11)
+
+
+def test_heads_that_do_not_split_are_refused_with_what_fits():
+    """The kernels alone would split: 6 heads of width 8 are 48 columns, a multiple of 4."""
+    mesh = make_mesh("1,2,1,4")
+    with pytest.raises(
+        ValueError, match="num_kv_heads = 6 do not split .* tensor = 4; use tensor = 2"
+    ):
+        check_divides(mesh, num_kv_heads=6, rows=2, seq_len=10)
