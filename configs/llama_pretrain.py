@@ -7,8 +7,9 @@ Data:      `python -m easylm_jax.prepare` with your own corpus; the weights belo
            and expect sources of these names
 Result:    paper, figure 1: training loss about 1.75 (7b), 1.6 (33b), 1.5 (65b) at the end
 
-    python -m easylm_jax.train --config=configs/llama_pretrain.py:7b --workdir=gs://BUCKET/llama_7b \\
-        --config.data.root=gs://BUCKET/tokens --config.tokenizer=gs://BUCKET/tokens/tokenizer
+    python -m easylm_jax.train --config=configs/llama_pretrain.py:7b \\
+        --workdir=gs://BUCKET/llama_7b --config.data.root=gs://BUCKET/tokens \\
+        --config.tokenizer=gs://BUCKET/tokens/tokenizer
 """
 
 from easylm_jax.config import as_config_dict

@@ -44,39 +44,52 @@ def main() -> None:
     parser.add_argument("--mesh", default="1,-1,1,1", help="replica,fsdp,sequence,tensor")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--batch", type=int, help="rows per step, instead of the work's own")
+    parser.add_argument(
+        "--micro_batches", type=int, default=1, help="parts whose gradients a step adds up"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
-    args = parser.parse_args()
-    result = run(args.work, args.dtype, args.remat, args.mesh, args.steps, args.batch)
-    if args.json:
+    options = vars(parser.parse_args())
+    as_json = options.pop("json")
+    result = run(**options)
+    if as_json:
         print(json.dumps(result))
     else:
         print("\n".join(f"{name:20s} {value}" for name, value in result.items()))
 
 
 def run(
-    work: str, dtype: str, remat: str, mesh_spec: str, steps: int, rows: int | None = None
+    *,
+    work: str,
+    dtype: str,
+    remat: str,
+    mesh: str,
+    steps: int,
+    batch: int | None,
+    micro_batches: int,
 ) -> dict[str, str | int | float]:
     """Median of `steps` timed steps, after the compiling one and one to warm up."""
     name, default_rows, seq_len = WORK[work]
-    rows = rows or default_rows
+    rows = batch or default_rows
     config = preset(name, dtype=dtype, remat=remat)
     optimizer = make_optimizer(OptimConfig(), lambda step: 3e-4)
     make = functools.partial(init_state, functools.partial(init_params, config), optimizer, 0)
-    mesh = make_mesh(mesh_spec)
+    device_mesh = make_mesh(mesh)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (rows, seq_len + 1), dtype=np.int32)
     ones = np.ones((rows, seq_len), np.int32)
     positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), (rows, seq_len))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
+    data = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
 
-    with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda x: x.sharding, abstract_state(make, mesh, PARAM_RULES))
+    with jax.set_mesh(device_mesh):
+        shardings = jax.tree.map(
+            lambda x: x.sharding, abstract_state(make, device_mesh, PARAM_RULES)
+        )
         step = jax.jit(
             functools.partial(
                 train_step,
                 objective=cross_entropy(make_forward(config)),
                 optimizer=optimizer,
-                num_micro_batches=1,
+                num_micro_batches=micro_batches,
                 guard=GuardConfig(),
             ),
             donate_argnums=0,
@@ -84,12 +97,12 @@ def run(
         )
         state = jax.jit(make, out_shardings=shardings)()
         started = time.perf_counter()
-        compiled = step.lower(state, batch).compile()
+        compiled = step.lower(state, data).compile()
         compile_s = time.perf_counter() - started
         wall, cpu, losses = [], [], []
         for _ in range(steps + 1):
             before, cpu_before = time.perf_counter(), time.process_time()
-            state, metrics = compiled(state, batch)
+            state, metrics = compiled(state, data)
             losses.append(float(metrics["loss"]))
             wall.append(time.perf_counter() - before)
             cpu.append(time.process_time() - cpu_before)
@@ -108,8 +121,9 @@ def run(
         "work": work,
         "dtype": dtype,
         "remat": remat,
-        "mesh": mesh_spec,
+        "mesh": mesh,
         "batch": rows,
+        "micro_batches": micro_batches,
         "seq_len": seq_len,
         "params": num_params(config),
         "tokens_per_s": round(rows * seq_len / step_s, 1),
