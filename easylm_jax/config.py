@@ -149,6 +149,8 @@ def _exit_with(text: str) -> None:
         text = " ".join(text.replace("\\n", " ").split())
     if found := re.search(r"Did you mean \W*(\w+)\W* instead of \W*(\w+)", text):
         text = f"--config has no setting {found[2]!r}; near it: {found[1]}"
+    elif found := re.fullmatch(r"the command line is not understood: \W*(\w+)\W*", text):
+        text = f"--config has no setting {found[1]!r}; the config file shows those it has"
     elif found := re.search(r"Failed loading config file.*?(\[Errno.*?'.*?')", text):
         text = f"the config file cannot be loaded: {found[1]}"
     print(f"error: {text}", file=sys.stderr)

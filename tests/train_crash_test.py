@@ -130,6 +130,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(on_failure, last, folder, f
 
 WRONG = [
     (["--config.optim.lrr=1"], r"--config has no setting 'lrr'; near it: lr"),
+    (["--config.zzz=1"], r"--config has no setting 'zzz'; .*"),
     (["--config.batch_size=abc"], r".*--config.batch_size=abc.*"),
     (["--config.data.packing=best"], r"config.data.packing = 'best' is not one of 'stream', .*"),
     (["stray"], r"arguments \['stray'\] are not understood; .*"),
