@@ -50,7 +50,7 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff format --check .
 
 golden: $(VENV)/test.done
-	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/sharding_test.py
+	EASYLM_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/sharding_test.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

@@ -157,7 +157,9 @@ class Checkpointer:
             record["arrays"][name]["checksum"] = int(value)
         record["files"] = _file_sizes(path)
         record["sha256"] = _sha256(record)
-        (path / COMMIT).write_text(json.dumps(record, indent=1))
+        unfinished = path / f"{COMMIT}.tmp"
+        unfinished.write_text(json.dumps(record, indent=1))
+        unfinished.rename(path / COMMIT)
 
     def _not_written(self, step: int, error: Exception) -> str:
         return f"checkpoint {self._path(step)} could not be written: {_first_line(error)}"
@@ -394,6 +396,8 @@ def _load(path: epath.Path, saved: dict[str, Any], wanted: dict[str, Any]) -> di
     except Exception as error:  # tensorstore's errors have many types
         problem = f"Orbax cannot read it ({_first_line(error)})"
     _agree(problem)
+    if absent := [name for name in wanted if not isinstance(arrays[name], Array)]:
+        raise _Damaged(f"{_listed(absent)} could not be read")
     sums = jax.device_get(_checksums({name: arrays[name] for name in wanted}))
     wrong = [name for name in wanted if sums[name] != saved[name]["checksum"]]
     if wrong:

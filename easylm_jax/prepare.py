@@ -80,7 +80,7 @@ def make_tokenizer(cfg: PrepareConfig, out: str) -> Tokenizer:
         return found
     if tokenizer is None:
         print(f"tokenizer: training {cfg.vocab_size:,} pieces", flush=True)
-        texts = tqdm(_tokenizer_texts(cfg), desc="tokenizer: read", unit=" documents")
+        texts = iter(tqdm(_tokenizer_texts(cfg), desc="tokenizer: read", unit=" documents"))
         path = str(folder / "tokenizer.model")
         tokenizer = train_sentencepiece(texts, path, vocab_size=cfg.vocab_size)
     else:

@@ -51,6 +51,7 @@ class Progress:
                 total=total_steps,
                 initial=start_step,
                 file=self._stream,
+                position=0,
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}% {bar} {desc}",
             )

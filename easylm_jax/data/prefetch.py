@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from easylm_jax.batch import Batch
-
 if TYPE_CHECKING:
     from easylm_jax.data.source import Source
 
@@ -25,7 +23,7 @@ class Prefetch:
         self._pending: deque[Future] = deque()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
-    def next(self) -> tuple[Batch, dict[str, float]]:
+    def next(self) -> tuple[Any, dict[str, float]]:
         while len(self._pending) < self._depth:
             self._pending.append(self._executor.submit(self._make))
         started = time.perf_counter()
@@ -36,7 +34,7 @@ class Prefetch:
         self._state = state
         return batch, metrics | {"data/wait_seconds": waited}
 
-    def _make(self) -> tuple[Batch, dict[str, float], dict[str, Any]]:
+    def _make(self) -> tuple[Any, dict[str, float], dict[str, Any]]:
         batch, metrics = self._source.next()
         return batch, metrics, self._source.state()
 

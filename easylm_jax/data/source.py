@@ -7,7 +7,7 @@ the batches on the mesh and saves `state()` with each checkpoint.
 import dataclasses
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -183,7 +183,7 @@ def _open_streams(
     return streams
 
 
-def _known_name(name: str, known: Sequence[str]) -> str:
+def _known_name(name: str, known: Collection[str]) -> str:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
         raise ValueError(f"there is no source {name!r}; near it: {', '.join(near)}")

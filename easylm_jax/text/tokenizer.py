@@ -41,7 +41,7 @@ class Tokenizer(abc.ABC):
         """The ids of `text` alone: no BOS, no EOS, no special ids."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         """The text of `ids`; special ids stand for no text."""
 
     @abc.abstractmethod
@@ -92,7 +92,7 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return [byte + self.first_byte for byte in text.encode()]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         content = bytes(int(i) - self.first_byte for i in ids if i >= self.first_byte)
         return content.decode(errors="replace")
 
@@ -137,7 +137,7 @@ class SentencePieceTokenizer(Tokenizer):
             return super().encode_batch(texts)
         return self._model.encode(list(texts))  # in C++ threads
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         return self._model.decode([int(i) for i in ids])
 
     def token_bytes(self) -> Int[np.ndarray, "V"]:
@@ -190,7 +190,7 @@ class HuggingFaceTokenizer(Tokenizer):
         encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_bytes(self) -> Int[np.ndarray, "V"]:
