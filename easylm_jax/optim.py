@@ -123,25 +123,12 @@ def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTra
     def mask(params: Params) -> Params:
         return decay_mask(params, config.no_decay)
 
+    moments = dict(b1=config.b1, b2=config.b2, mu_dtype=config.mu_dtype)
+    decay = dict(weight_decay=config.weight_decay, mask=mask)
     if config.name == "adamw":
-        optimizer = optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=config.mu_dtype,
-            weight_decay=config.weight_decay,
-            mask=mask,
-        )
+        optimizer = optax.adamw(schedule, eps=config.eps, **moments, **decay)
     elif config.name == "lion":
-        optimizer = optax.lion(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            mu_dtype=config.mu_dtype,
-            weight_decay=config.weight_decay,
-            mask=mask,
-        )
+        optimizer = optax.lion(schedule, **moments, **decay)
     else:
         # Its own weight decay is not scaled by the learning rate; this one is, as in AdamW.
         optimizer = optax.chain(

@@ -285,9 +285,6 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             raise ValueError(monitor.must_stop)
 
 
-# ---- parts of the run ----
-
-
 def _flops_per_token(cfg: TrainConfig) -> float:
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
     sizes = {name: getattr(cfg.model, name) for name in names}
