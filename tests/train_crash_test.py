@@ -1,6 +1,7 @@
 """The command line as a user meets it: kills, signals, full disks and wrong commands."""
 
 import json
+import os
 import re
 import resource
 import shlex
@@ -61,7 +62,10 @@ def _steps(workdir: Path) -> int:
 @pytest.mark.parametrize("data", ["files", "root"])
 def test_a_run_killed_three_times_ends_with_the_same_bits(data):
     script = [sys.executable, "experiments/kill_resume/run.py", "--kills=3", f"--data={data}"]
-    done = subprocess.run(script, cwd=command.ROOT, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"PYTHONPATH": str(command.ROOT)}
+    done = subprocess.run(
+        script, cwd=command.ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert sum(json.loads(done.stdout)["kills"].values()) == 3
 
