@@ -10,8 +10,10 @@ from easylm_jax.text.tokenizer import Tokenizer
 from easylm_jax.workdir import compare_config, read_config, without
 
 # What may change when a run is resumed, since it does not change what a step computes. Another
-# duration changes the rest of the schedule; that is what "go on for longer" means.
+# duration changes the rest of the schedule; that is what "go on for longer" means. Data and
+# tokenizer may have moved: that they are the same is checked by content.
 FREE_TO_CHANGE = (
+    *("data.root", "tokenizer"),
     *("eval", "checkpoint", "mesh", "distributed", "log_every", "peak_flops", "profile"),
     *("duration", "guard", "micro_batches", "model.remat", "model.layer_unroll"),
     *("model.attention.implementation", "model.attention.block_q", "model.attention.block_k"),

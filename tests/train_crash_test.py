@@ -123,8 +123,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(on_failure, last, folder, f
     process = command.start(*arguments, cache=folder / on_failure)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes per file
     out, err = command.finish(process, status=2)
-    # Orbax and the cache of compiled programs tell of it at length; ours is the last word.
-    assert err.splitlines()[-1].startswith("error: checkpoint "), err[-1000:]
+    # Orbax and the cache of compiled programs tell of it at length, from threads of their own.
+    assert sum(line.startswith("error: checkpoint ") for line in err.splitlines()) == 1, err[-1000:]
     assert err.count("could not be written") == 1
     assert ("training goes on" in out) == (on_failure == "continue")
     assert max(row["step"] for row in command.rows(workdir)) == last
