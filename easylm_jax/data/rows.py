@@ -1,6 +1,6 @@
-"""Rows of tokens to a Batch, and the hash that seeds their order.
+"""Rows of tokens to a Batch, what they ask of a tokenizer, and the hash that seeds their order.
 
-What it is not: where rows come from. Called by `mixture.py`, `packing.py` and `source.py`.
+What it is not: where rows come from. Called by the other files of `data/`.
 """
 
 import hashlib
@@ -9,6 +9,17 @@ import numpy as np
 from jaxtyping import Int
 
 from easylm_jax.batch import Batch
+from easylm_jax.text.tokenizer import Tokenizer
+
+
+def check_joins_documents(tokenizer: Tokenizer) -> None:
+    """Documents are joined as BOS ... EOS and found again by their BOS, so both must exist."""
+    if tokenizer.bos_id is None or tokenizer.bos_id == tokenizer.eos_id:
+        raise ValueError(
+            "joining documents needs a tokenizer with a BOS and an EOS token that differ, got ids "
+            f"{tokenizer.bos_id} and {tokenizer.eos_id}: name two different ones in the "
+            "tokenizer_config.json beside its tokenizer.json"
+        )
 
 
 def rows_to_batch(rows: Int[np.ndarray, "B T_plus_1"], *, bos_id: int) -> Batch:

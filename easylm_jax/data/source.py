@@ -24,7 +24,7 @@ from easylm_jax.data.packing import (
     lay_out,
     pack_all,
 )
-from easylm_jax.data.rows import rows_to_batch
+from easylm_jax.data.rows import check_joins_documents, rows_to_batch
 from easylm_jax.data.token_store import TokenStream, open_tokens
 from easylm_jax.text.example import document_example, encode_example
 from easylm_jax.text.tokenizer import Tokenizer
@@ -80,6 +80,7 @@ def make_source(
 
     A process asks for the rows that its devices hold; the batch does not depend on who asks.
     """
+    check_joins_documents(tokenizer)
     shape = {
         "batch_size": batch_size,
         "seq_len": seq_len,

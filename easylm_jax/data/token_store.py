@@ -32,6 +32,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from easylm_jax.data.documents import Document
+from easylm_jax.data.rows import check_joins_documents
 from easylm_jax.text.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 8192
@@ -74,6 +75,7 @@ def write_store(
     All is written under a temporary name and renamed at the end. `left_out` is only recorded, after
     all documents have been read, so it may be what their reader counts.
     """
+    check_joins_documents(tokenizer)
     final = epath.Path(folder)
     partial = final.parent / f"{final.name}.tmp"
     if partial.exists():

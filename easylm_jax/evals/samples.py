@@ -26,7 +26,7 @@ def sample_texts(
 
     `rows_multiple`: how many rows the mesh asks for; see `pad_prompts`.
     """
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
     padded, lengths = pad_prompts(ids, rows_multiple=rows_multiple)
     out = generate(
         params,

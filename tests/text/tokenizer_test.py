@@ -135,7 +135,10 @@ def test_wrong_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="holds none of"):
         tokenizer_lib.load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
+    with pytest.raises(ValueError, match="holds 2 ranks where Llama 3 has 128000"):
+        tokenizer_lib.load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"\0\1")
+    with pytest.raises(ValueError, match="neither a SentencePiece model nor"):
         tokenizer_lib.load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
     with pytest.raises(ValueError, match="not a tokenizer.json"):
