@@ -20,7 +20,8 @@ class Segment:
 
     Give `text`, or `ids` that are tokenised already (a sampled response). `special` makes `text`
     the name of one special token ("bos", "eos", or as the vocabulary spells it); text of any other
-    segment never yields special ids. `role` says who speaks and is not tokenised.
+    segment never yields special ids. A `joined` text goes on where the segment before it ended: no
+    tokenizer puts a space before it. `role` says who speaks and is not tokenised.
     """
 
     text: str | None = None
@@ -28,6 +29,7 @@ class Segment:
     special: bool = False
     role: str = ""
     ids: tuple[int, ...] | None = None
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,12 @@ def document_example(text: str, meta: Mapping[str, Any] | None = None) -> Exampl
 def encode_segment(segment: Segment, tokenizer: Tokenizer) -> list[int]:
     if segment.ids is not None:
         return list(segment.ids)
+    if segment.special and segment.text == "bos" and tokenizer.bos_id is None:
+        return []  # a model without BOS expects none
     if segment.special:
         return [tokenizer.special_id(segment.text)]
-    return tokenizer.encode(segment.text)
+    encode = tokenizer.encode_continuation if segment.joined else tokenizer.encode
+    return encode(segment.text)
 
 
 def encode_example(

@@ -100,10 +100,12 @@ class Tokenizer(abc.ABC):
         """UTF-8 bytes of text that each id stands for; none for special ids."""
         return self._make_pieces()
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> str:
-        """The text of `ids`; special ids stand for no text."""
+    def decode(
+        self, ids: Sequence[int] | Int[np.ndarray, " n"], *, continuation: bool = False
+    ) -> str:
+        """The text of `ids`, a whole text or one that goes on; special ids stand for no text."""
         content = b"".join(self.pieces[i] for i in ids)
-        if self.prefix_space:
+        if self.prefix_space and not continuation:
             content = content.removeprefix(b" ")
         return content.decode(errors="replace")
 

@@ -1,83 +1,54 @@
 """Tokenizers keep text exactly, never take text for a special token, and count bytes right."""
 
-import random
+import base64
+import json
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from easylm_jax.data.rows import check_joins_documents
 from easylm_jax.text import tokenizer as tokenizer_lib
-
-HARD = [
-    "",
-    " ",
-    "a",
-    "  two  runs   of spaces ",
-    "\n\nlines\r\n\tand tabs\n",
-    "NUL \0 inside",
-    "emoji \U0001f600\u200d\U0001f525, Ti\u1ebfng Vi\u1ec7t, \u4e2d\u6587, e\u0301 and \u00e9",
-    "the \u2581 that SentencePiece uses for a space, \u2581\u2581 twice",
-    "<s></s><unk><0x0A> <|endoftext|> bos",
-    "2024-11-21 3.14159",
-    "\ufeff byte order mark \u2028 and \x85",
-]
-
-
-def _texts(count: int) -> list[str]:
-    rng = random.Random(0)
-    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 8))) for _ in range(400)]
-    return [" ".join(rng.choices(words, k=40)) + "\n12 x,\n" for _ in range(count)]
+from tests.text.small_tokenizers import (
+    CHAT,
+    HARD,
+    KINDS,
+    fast_tokenizer,
+    random_texts,
+    sentences,
+    small_tokenizer,
+)
 
 
 def _sentencepiece(folder):
-    return tokenizer_lib.train_sentencepiece(_texts(60), str(folder / "t.model"), vocab_size=500)
+    return tokenizer_lib.train_sentencepiece(sentences(60), str(folder / "t.model"), vocab_size=500)
 
 
-def _hugging_face(folder):
-    model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        show_progress=False,
-        special_tokens=["<s>", "</s>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    model.train_from_iterator(_texts(60), trainer)
-    model.save(str(folder / "tokenizer.json"))
-    return tokenizer_lib.load_tokenizer(str(folder / "tokenizer.json"))
-
-
-@pytest.fixture(params=["bytes", "sentencepiece", "hugging_face"], scope="module")
+@pytest.fixture(params=[*KINDS, "trained"], scope="module")
 def tokenizer(request, tmp_path_factory):
-    if request.param == "bytes":
-        return tokenizer_lib.load_tokenizer("bytes")
-    make = {"sentencepiece": _sentencepiece, "hugging_face": _hugging_face}[request.param]
-    return make(tmp_path_factory.mktemp(request.param))
+    if request.param == "trained":
+        return _sentencepiece(tmp_path_factory.mktemp("trained"))
+    return small_tokenizer(request.param)
 
 
-def _random_texts(count: int) -> list[str]:
-    rng = random.Random(1)
-    alphabet = [c for text in HARD for c in text] + ["\U0010ffff", "\u0300", "<s>", "  "]
-    return ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("texts", [HARD, _random_texts(300)], ids=["hard", "random"])
+@pytest.mark.parametrize("texts", [HARD, random_texts(300)], ids=["hard", "random"])
 def test_text_survives_and_bytes_add_up(tokenizer, texts):
     sizes = tokenizer.token_bytes()
     assert sizes.shape == (tokenizer.vocab_size,)
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert sizes[ids].sum() == len(text.encode())
+        # LLaMA's own put a space before the text, unless its first character is spelled by bytes.
+        prefix = tokenizer.prefix_space and text[:1] not in ("", tokenizer_lib.SPACE)
+        assert sizes[ids].sum() == len(text.encode()) + prefix
+        going_on = tokenizer.encode_continuation(text)
+        assert tokenizer.decode(going_on, continuation=True) == text
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
 def test_text_never_yields_a_special_id(tokenizer):
     specials = set(np.flatnonzero(tokenizer.token_bytes() == 0))
-    assert {tokenizer.bos_id, tokenizer.eos_id} <= specials
-    for text in [*HARD, *_random_texts(100)]:
+    assert {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.specials().values()} <= specials
+    for text in [*HARD, *random_texts(100)]:
         assert not specials & set(tokenizer.encode(text))
     assert tokenizer.decode([tokenizer.bos_id, tokenizer.eos_id]) == ""
 
@@ -87,6 +58,7 @@ def test_save_and_load_give_the_same_ids(tokenizer, tmp_path):
     again = tokenizer_lib.load_tokenizer(str(tmp_path / "saved"))
     assert again.fingerprint == tokenizer.fingerprint
     assert (again.bos_id, again.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (again.add_bos, again.prefix_space) == (tokenizer.add_bos, tokenizer.prefix_space)
     for text in HARD:
         assert again.encode(text) == tokenizer.encode(text)
 
@@ -104,28 +76,88 @@ def test_training_is_reproducible_and_splits_digits(tmp_path):
     assert len(first.encode("12121212")) == 8
 
 
-def test_dummy_prefix_is_one_byte_more(tmp_path):
-    # The documented exception: LLaMA's own models put a space before the text.
-    import sentencepiece
+def test_decoding_is_that_of_the_libraries():
+    # Ours is made of the bytes of each id; theirs knows nothing of it.
+    for kind in ("sentencepiece", "byte_level"):
+        tokenizer = small_tokenizer(kind)
+        for text in [*HARD, *random_texts(100)]:
+            ids = tokenizer.encode(text)
+            assert tokenizer._model.decode(ids) == text
 
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_texts(60)),
-        model_prefix=str(tmp_path / "llama"),
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        minloglevel=2,
+
+def test_spelled_special_tokens_are_ids_in_the_text_of_templates_alone():
+    text = "<|im_start|>user\nthe red<|im_end|>\n<|im_end|>"
+    for kind in ("sentencepiece", "byte_level"):
+        tokenizer = small_tokenizer(kind)
+        start, end = map(tokenizer.special_id, CHAT[:2])
+        expected = [start, *tokenizer.encode("user\nthe red"), end, *tokenizer.encode("\n"), end]
+        assert tokenizer.encode_with_specials(text) == expected
+        assert not {start, end} & set(tokenizer.encode(text))
+    # The library's own splitting, which `encode` has turned off.
+    assert fast_tokenizer().encode(text, add_special_tokens=False).ids == expected
+
+
+@pytest.mark.parametrize(
+    "config, bos_id, eos_id, add_bos",
+    [
+        ({}, 0, 1, True),  # the file itself puts <s> before a text
+        ({"add_bos_token": False}, 0, 1, False),
+        ({"bos_token": None, "eos_token": "<|im_end|>"}, 0, 4, True),
+        ({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, 2, 2, False),  # GPT-2
+        ({"bos_token": "absent", "eos_token": "</s>", "add_bos_token": True}, None, 1, False),
+    ],
+)
+def test_bos_is_what_the_files_say(tmp_path, config, bos_id, eos_id, add_bos):
+    fast_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = tokenizer_lib.load_tokenizer(str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (bos_id, eos_id, add_bos)
+    expected = [bos_id] if add_bos else []
+    assert tokenizer.prompt_ids("the") == expected + tokenizer.encode("the")
+    if bos_id is None or bos_id == eos_id:
+        with pytest.raises(ValueError, match="joining documents needs a tokenizer with a BOS"):
+            check_joins_documents(tokenizer)
+
+
+META_SPLIT = (  # of llama3/tokenizer.py
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_llama3s_ranks_give_the_ids_of_tiktoken(tmp_path, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    # A vocabulary in Llama 3's format: all bytes, then what BPE learns.
+    learnt = fast_tokenizer()
+    bytes_of = {c: bytes([b]) for b, c in enumerate(tokenizer_lib.BYTE_LEVEL)}
+    vocab = sorted(learnt.get_vocab().items(), key=lambda item: item[1])
+    tokens = [piece for piece, i in vocab if i not in learnt.get_added_tokens_decoder()]
+    tokens = [b"".join(bytes_of[c] for c in piece) for piece in tokens]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    monkeypatch.setattr(tokenizer_lib, "LLAMA3_RANKS", len(ranks))
+    tokenizer = tokenizer_lib.load_tokenizer(str(tmp_path))
+    reference = tiktoken.Encoding(
+        "reference",
+        pat_str=META_SPLIT,
+        mergeable_ranks=ranks,
+        special_tokens={},
     )
-    loaded = tokenizer_lib.load_tokenizer(str(tmp_path))
-    ids = loaded.encode("some text")
-    assert loaded.token_bytes()[ids].sum() == len("some text") + 1
-    assert loaded.decode(ids) == "some text"
+    for text in [*HARD, *random_texts(200), *sentences(20), "a 12 x, "]:
+        assert tokenizer.encode(text) == reference.encode(text, disallowed_special=())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == len(ranks) + 256
+    assert tokenizer.special_id("<|begin_of_text|>") == tokenizer.bos_id == len(ranks)
+    assert tokenizer.special_id("<|eot_id|>") == len(ranks) + 9
+    assert tokenizer.special_id("<|reserved_special_token_2|>") == len(ranks) + 5
+    assert tokenizer.add_bos and tokenizer.encode("<|eot_id|>") != [len(ranks) + 9]
 
 
 @pytest.mark.parametrize("vocab_size", [200, 100_000])
 def test_a_vocabulary_that_does_not_fit_is_one_sentence(tmp_path, vocab_size):
     with pytest.raises(ValueError, match=f"of {vocab_size} pieces .* [Vv]ocab") as caught:
-        tokenizer_lib.train_sentencepiece(_texts(20), str(tmp_path / "m"), vocab_size=vocab_size)
+        tokenizer_lib.train_sentencepiece(sentences(20), str(tmp_path / "m"), vocab_size=vocab_size)
     assert "\n" not in str(caught.value)
 
 
