@@ -3,15 +3,21 @@
 Such a file is a zip: `data.pkl` pickles the structure, and `data/N` are the storages, raw and
 uncompressed, into which the tensors point with offset and strides. A pickle may ask to call any
 function; here it gets stand-ins for the few that a dictionary of tensors needs, and everything else
-is refused by name. Called by `meta.py` and by `hf.py` for old `.bin` shards.
+is refused by name. `write_torch_file` writes the same. Called by `meta.py`, and by `hf.py` for old
+`.bin` shards.
 """
 
 import collections
 import dataclasses
 import io
+import math
 import pickle
 import struct
+import sys
 import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -174,3 +180,46 @@ def _data_start(file: io.BufferedIOBase, info: zipfile.ZipInfo) -> int:
     file.seek(info.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", file.read(4))
     return info.header_offset + 30 + name_length + extra_length
+
+
+def write_torch_file(
+    path: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    same: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """A dictionary of tensors that `torch.load(path)` reads, written as the tensors come.
+
+    `same`: further names for tensors, without a second copy of them. The pickle is put together
+    from its instructions, since pickling needs torch's own classes.
+    """
+    top, pickled = Path(path).stem, {}
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, (name, x) in enumerate(tensors):
+            with archive.open(f"{top}/data/{i}", "w", force_zip64=True) as file:
+                file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+            pickled[name] = _pickled_tensor(str(i), x)
+        pickled |= {name: pickled[other] for name, other in same.items()}
+        items = b"".join(_push(name) + tensor for name, tensor in pickled.items())
+        archive.writestr(f"{top}/data.pkl", b"\x80\x02}(" + items + b"u.")
+        archive.writestr(f"{top}/byteorder", sys.byteorder)
+        archive.writestr(f"{top}/version", "3\n")
+
+
+def _pickled_tensor(key: str, x: np.ndarray) -> bytes:
+    """Instructions that call `_rebuild_tensor_v2(storage, offset, shape, strides, ...)`.
+
+    `c` names a function, `(` to `t` make a tuple, `Q` has the storage looked up, `R` calls.
+    """
+    kind = next(kind for kind, dtype in STORAGES.items() if dtype == x.dtype)
+    values = [_push(value) for value in (key, "cpu", x.size)]
+    storage = b"(" + _push("storage") + f"ctorch\n{kind}\n".encode() + b"".join(values) + b"tQ"
+    strides = tuple(math.prod(x.shape[i + 1 :]) for i in range(x.ndim))
+    place = b"".join(_push(value) for value in (0, x.shape, strides, False))
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + place + hooks + b"tR"
+
+
+def _push(value: Any) -> bytes:
+    """Instructions that leave a plain value on the stack: a pickle without its ends."""
+    return pickle.dumps(value, protocol=2)[2:-1]
