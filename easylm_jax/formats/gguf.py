@@ -169,7 +169,7 @@ def _read_tensor(header: Header, name: str, path: str) -> np.ndarray:
 def _by_rows(
     function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, shape: tuple[int, ...], dtype: Any
 ) -> np.ndarray:
-    """`function` on some megabytes of rows at a time: the package's own loop holds the result twice."""
+    """`function` on some megabytes of rows at a time: the package's loop holds the result twice."""
     out = np.empty(shape, dtype)
     if x.ndim < 2:
         out[...] = function(x)

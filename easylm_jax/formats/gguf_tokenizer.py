@@ -14,6 +14,7 @@ from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from easylm_jax.text.tokenizer import (
+    BYTE_LEVEL,
     ByteTokenizer,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -29,6 +30,11 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
+_UPPER, _LOWER = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 _PATTERNS = {
     "gpt-2": (_GPT2,),
@@ -36,6 +42,9 @@ _PATTERNS = {
     "llama-bpe": (_LLAMA3,),
     "dbrx": (_LLAMA3,),
     "qwen2": (_QWEN2,),
+    "tekken": (_TEKKEN,),
+    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 # Other names under which llama.cpp does the same. The first ones are what we write.
 _SAME = {
@@ -46,12 +55,11 @@ _SAME = {
     "qwen2": ("stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan", "solar-open", "kormo"),
 }
 _KNOWN = {name: name for name in _PATTERNS} | {o: n for n, others in _SAME.items() for o in others}
-_WHOLE_WORDS = "llama-bpe"  # a word that is a piece is not built by merges; and BOS is on
+_WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a piece needs no merges; and BOS is on
 
 
-def _split(pattern: str) -> dict[str, Any]:
-    pattern = {"Regex": pattern}
-    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+def _split(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
 _BYTE_LEVEL = {
@@ -65,6 +73,8 @@ _BYTE_LEVEL = {
 def _patterns_of(step: dict[str, Any] | None) -> tuple[str | None, ...]:
     """The cuts of a `tokenizer.json`'s pre_tokenizer; None among them for one that is not such."""
     match step:
+        case {"type": "Sequence", "pretokenizers": [*steps, {"behavior": "Removed"}]}:
+            return _patterns_of({"type": "Sequence", "pretokenizers": steps})  # see `_byte_level`
         case {"type": "Sequence", "pretokenizers": steps}:
             return tuple(pattern for one in steps for pattern in _patterns_of(one))
         case {"type": "Digits", "individual_digits": True}:
@@ -76,6 +86,9 @@ def _patterns_of(step: dict[str, Any] | None) -> tuple[str | None, ...]:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return (_GPT2,)
     return (None,)
+
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # their names in keys
 
 
 # ---- reading ----------------------------------------------------------------------------------
@@ -112,12 +125,10 @@ def _pieces(metadata: Mapping[str, Any], name: str) -> tuple[list[str], list[int
     return pieces[:size], types[:size]
 
 
-def _special(metadata: Mapping[str, Any], pieces: list[str]) -> dict[str, str]:
-    """The special tokens that the file names: "bos" -> its piece."""
-    ids = {s: metadata.get(f"tokenizer.ggml.{s}_token_id", -1) for s in ("bos", "eos")}
-    ids["unk"] = metadata.get("tokenizer.ggml.unknown_token_id", -1)
-    ids["pad"] = metadata.get("tokenizer.ggml.padding_token_id", -1)
-    return {s: pieces[i] for s, i in ids.items() if 0 <= i < len(pieces)}
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens that the file names: "bos" -> its id."""
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    return {name: i for name, i in ids.items() if i is not None}
 
 
 def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
@@ -130,7 +141,10 @@ def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         )
     pre = _KNOWN[pre]
     steps = [*map(_split, _PATTERNS[pre]), _BYTE_LEVEL]
-    added = {int(TokenType.CONTROL), int(TokenType.UNKNOWN), int(TokenType.USER_DEFINED)}
+    # Bytes that no piece spells (SmolLM2 has 21) stand for nothing, and no merge may span the gap.
+    if missing := sorted({*BYTE_LEVEL} - {*pieces}):
+        steps.append(_split("|".join(missing), "Removed"))
+    plain = (TokenType.NORMAL, TokenType.BYTE)
     content = {
         "version": "1.0",
         "truncation": None,
@@ -138,7 +152,7 @@ def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         "added_tokens": [
             _added(i, piece, special=kind != TokenType.USER_DEFINED)
             for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
-            if kind in added
+            if kind not in plain
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
@@ -146,23 +160,18 @@ def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         "decoder": _BYTE_LEVEL,
         "model": {
             "type": "BPE",
-            "ignore_merges": pre == _WHOLE_WORDS,
+            "ignore_merges": pre in _WHOLE_WORDS,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            # A piece may begin with a space, so the separator is the first one after it.
-            "merges": [_pair(merge) for merge in _needed(metadata, "merges", name)],
+            "merges": [merge.split(" ", 1) for merge in _needed(metadata, "merges", name)],
         },
     }
-    config = {f"{s}_token": piece for s, piece in _special(metadata, pieces).items()}
-    config["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", pre == _WHOLE_WORDS)
+    special = _special_ids(metadata).items()
+    config = {f"{which}_token": pieces[i] for which, i in special if 0 <= i < len(pieces)}
+    config["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", pre in _WHOLE_WORDS)
     if template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template
     content, config = (json.dumps(x, ensure_ascii=False).encode() for x in (content, config))
     return HuggingFaceTokenizer(content, config, name=name)
-
-
-def _pair(merge: str) -> list[str]:
-    at = merge.index(" ", 1)
-    return [merge[:at], merge[at + 1 :]]
 
 
 def _added(i: int, piece: str, *, special: bool) -> dict[str, Any]:
@@ -173,6 +182,10 @@ def _added(i: int, piece: str, *, special: bool) -> dict[str, Any]:
 def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     pieces, types = _pieces(metadata, name)
     scores = _needed(metadata, "scores", name)
+    special = {"bos": 1, "eos": 2, "unk": 0} | _special_ids(metadata)
+    # SentencePiece wants one unknown piece; older files call it control and the padding unknown.
+    types = [int(TokenType.UNUSED) if kind == TokenType.UNKNOWN else kind for kind in types]
+    types[special["unk"]] = int(TokenType.UNKNOWN)
     proto = sentencepiece_proto.ModelProto()
     for piece, score, kind in zip(pieces, scores, types, strict=False):
         proto.pieces.add(piece=piece, score=score, type=kind)  # the numbers of the types agree
@@ -180,12 +193,10 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     trainer.model_type = sentencepiece_proto.TrainerSpec.BPE
     trainer.vocab_size = len(pieces)
     trainer.byte_fallback = TokenType.BYTE in types
-    for special in ("bos", "eos", "unk", "pad"):
-        setattr(trainer, f"{special}_id", -1)
-    defaults = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
-    for special, piece in _special(defaults | dict(metadata), pieces).items():
-        setattr(trainer, f"{special}_id", pieces.index(piece))
-        setattr(trainer, f"{special}_piece", piece)
+    for which, i in ({"pad": -1} | special).items():
+        setattr(trainer, f"{which}_id", i)
+        if 0 <= i < len(pieces):
+            setattr(trainer, f"{which}_piece", pieces[i])
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizer.remove_extra_whitespaces = False
@@ -203,7 +214,10 @@ def tokenizer_to_metadata(tokenizer: Tokenizer | None, *, vocab_size: int) -> di
     if isinstance(tokenizer, ByteTokenizer):
         keys = _from_bytes()
     elif "tokenizer.json" in files:
-        keys = _from_tokenizer_json(json.loads(files["tokenizer.json"]))
+        keys = _from_tokenizer_json(
+            json.loads(files["tokenizer.json"]),
+            json.loads(files.get("tokenizer_config.json", "{}")),
+        )
     else:
         keys = _from_sentencepiece(files["tokenizer.model"])
     pieces, types = keys["tokens"], keys["token_type"]
@@ -217,19 +231,20 @@ def tokenizer_to_metadata(tokenizer: Tokenizer | None, *, vocab_size: int) -> di
     keys["token_type"] = types + [int(TokenType.UNUSED)] * len(padding)
     if "scores" in keys:
         keys["scores"] = keys["scores"] + [-1000.0] * len(padding)
-    for special, i in {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.items():
-        if i is not None and i >= 0:
-            keys[f"{special}_token_id"] = i
+    keys["eos_token_id"] = tokenizer.eos_id
+    keys["add_bos_token"] = tokenizer.add_bos
+    if tokenizer.bos_id is not None:
+        keys["bos_token_id"] = tokenizer.bos_id
     return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
-def _from_tokenizer_json(content: dict[str, Any]) -> dict[str, Any]:
+def _from_tokenizer_json(content: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     model, patterns = content["model"], _patterns_of(content["pre_tokenizer"])
     whole_words = model.get("ignore_merges", False)
     names = [
         name
         for name, known in _PATTERNS.items()
-        if known == patterns and whole_words == (name == _WHOLE_WORDS)
+        if known == patterns and whole_words == (name in _WHOLE_WORDS)
     ]
     # llama.cpp knows no normalisers; for Qwen2's NFC its own converter looks away too.
     normalizer = (content["normalizer"] or {"type": "NFC"})["type"]
@@ -247,7 +262,9 @@ def _from_tokenizer_json(content: dict[str, Any]) -> dict[str, Any]:
         types[token["id"]] = int(kind)
     ids = range(max(by_id) + 1)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    return {
+    said = {key: config.get(f"{which}_token") for which, key in _SPECIAL.items()}
+    spelled = {key: s["content"] if isinstance(s, dict) else s for key, s in said.items() if s}
+    return {f"{key}_token_id": vocab[s] for key, s in spelled.items() if s in vocab} | {
         "model": "gpt2",
         "pre": names[0],
         "tokens": [by_id.get(i, f"[PAD{i}]") for i in ids],
@@ -281,13 +298,10 @@ def _from_sentencepiece(content: bytes) -> dict[str, Any]:
 
 def _from_bytes() -> dict[str, Any]:
     """The byte tokenizer as a BPE; llama.cpp wants a merge, so there is one that never happens."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))  # GPT-2's alphabet: the other bytes in order from U+0100
-    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     return {
         "model": "gpt2",
         "pre": "gpt-2",
-        "tokens": ["<s></s>", "<s>", "</s>", *letters],
+        "tokens": ["<s></s>", "<s>", "</s>", *BYTE_LEVEL],
         "token_type": [int(TokenType.CONTROL)] * 3 + [int(TokenType.NORMAL)] * 256,
         "merges": ["<s> </s>"],
     }
