@@ -87,9 +87,11 @@ def add_text(
     `joined` False: a new segment is tokenised as if it stood alone.
     """
     last = segments[-1] if segments else None
+    if not text:
+        return
     if last and not last.special and last.weight == weight:
-        segments[-1] = dataclasses.replace(last, text=last.text + text, role=role)
-    elif text:
+        segments[-1] = dataclasses.replace(last, text=last.text + text, role=role or last.role)
+    else:
         goes_on = last is not None and (joined_after_special or not last.special)
         segments.append(Segment(text, weight=weight, role=role, joined=joined and goes_on))
 
