@@ -134,7 +134,7 @@ def _with_rope_scaling(header: Header, config: LlamaConfig, path: str) -> LlamaC
         return config
     factors = _read_tensor(header, ROPE_FACTORS, path)
     for original in (2**power for power in range(8, 21)):
-        scaling = RopeScaling(_shortest(factors.max()), 1.0, 4.0, original)
+        scaling = RopeScaling(_shortest(float(factors.max())), 1.0, 4.0, original)
         scaled = LlamaConfig(**(vars(config) | {"rope_scaling": scaling}))
         expected = _rope_factors(scaled)
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-5, atol=0):

@@ -125,10 +125,10 @@ def _pieces(metadata: Mapping[str, Any], name: str) -> tuple[list[str], list[int
     return pieces[:size], types[:size]
 
 
-def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """The special tokens that the file names: "bos" -> its id."""
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
-    return {name: i for name, i in ids.items() if i is not None}
+def _special_ids(metadata: Mapping[str, Any], size: int) -> dict[str, int]:
+    """The special tokens that the file names: "bos" -> its id. Those outside it count as none."""
+    ids = {which: metadata.get(f"tokenizer.ggml.{key}_token_id") for which, key in _SPECIAL.items()}
+    return {which: i for which, i in ids.items() if i is not None and i < size}
 
 
 def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
@@ -165,8 +165,8 @@ def _byte_level(metadata: Mapping[str, Any], name: str) -> Tokenizer:
             "merges": [merge.split(" ", 1) for merge in _needed(metadata, "merges", name)],
         },
     }
-    special = _special_ids(metadata).items()
-    config = {f"{which}_token": pieces[i] for which, i in special if 0 <= i < len(pieces)}
+    special = _special_ids(metadata, len(pieces))
+    config = {f"{which}_token": pieces[i] for which, i in special.items()}
     config["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", pre in _WHOLE_WORDS)
     if template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template
@@ -182,7 +182,7 @@ def _added(i: int, piece: str, *, special: bool) -> dict[str, Any]:
 def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     pieces, types = _pieces(metadata, name)
     scores = _needed(metadata, "scores", name)
-    special = {"bos": 1, "eos": 2, "unk": 0} | _special_ids(metadata)
+    special = {"bos": 1, "eos": 2, "unk": 0} | _special_ids(metadata, len(pieces))
     # SentencePiece wants one unknown piece; older files call it control and the padding unknown.
     types = [int(TokenType.UNUSED) if kind == TokenType.UNKNOWN else kind for kind in types]
     types[special["unk"]] = int(TokenType.UNKNOWN)
@@ -193,10 +193,10 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     trainer.model_type = sentencepiece_proto.TrainerSpec.BPE
     trainer.vocab_size = len(pieces)
     trainer.byte_fallback = TokenType.BYTE in types
-    for which, i in ({"pad": -1} | special).items():
+    trainer.pad_id = -1
+    for which, i in special.items():
         setattr(trainer, f"{which}_id", i)
-        if 0 <= i < len(pieces):
-            setattr(trainer, f"{which}_piece", pieces[i])
+        setattr(trainer, f"{which}_piece", pieces[i])
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizer.remove_extra_whitespaces = False
