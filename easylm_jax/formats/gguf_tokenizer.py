@@ -43,7 +43,6 @@ _PATTERNS = {
     "dbrx": (_LLAMA3,),
     "qwen2": (_QWEN2,),
     "tekken": (_TEKKEN,),
-    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 # Other names under which llama.cpp does the same. The first ones are what we write.
