@@ -104,19 +104,26 @@ def _listed(names: list[str]) -> str:
 def import_params(foreign: Foreign, target: Params) -> Params:
     """The parameters, laid out and typed as `target` (`jax.ShapeDtypeStruct` with shardings) asks.
 
-    Host memory at any moment: one foreign tensor and the shards of this host of one parameter,
-    beside the parameters that are finished. Raises ValueError as `check_tensors` does.
+    Layers may be stacked or not. Host memory at any moment: one foreign tensor and the shards of
+    this host of one parameter, beside the parameters that are finished. Raises ValueError as
+    `check_tensors` does.
     """
     check_tensors(foreign)
     entries = {entry.ours: entry for entry in foreign.table}
     done = {}
     for path, leaf in named_leaves(target).items():
-        done[path] = _import_leaf(foreign, entries[path], leaf)
+        if one_layer := re.fullmatch(r"layers_(\d+)/(.*)", path):
+            layer, rest = one_layer.groups()
+            entry = entries[f"layers/{rest}"]
+            entry = dataclasses.replace(entry, foreign=entry.foreign.format(layer=layer))
+        else:
+            entry = entries[path]
+        done[path] = _import_leaf(foreign, entry, leaf)
     return unflatten_dict(done, sep="/")
 
 
 def _import_leaf(foreign: Foreign, entry: Entry, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Fill this host's distinct shards layer by layer, then hand each to its devices."""
+    """Fill this host's distinct shards, layer by layer where the leaf has L, and place them."""
     by_device = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     regions = {_bounds(index, leaf.shape): None for index in by_device.values()}
     shards = {r: _aligned_empty([hi - lo for lo, hi in r], leaf.dtype) for r in regions}

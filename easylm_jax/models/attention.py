@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from easylm_jax.array_types import Keys, PRNGKey, Queries
+from easylm_jax.dots import dot_f32
 from easylm_jax.mesh import BATCH_AXES
 from easylm_jax.models.attention_mask import MASKED, visible
 from easylm_jax.models.blockwise import blockwise
@@ -56,30 +57,32 @@ def attention(
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     config: AttentionConfig,
+    cache_index: Int[Array, ""] | None = None,
     dropout_key: PRNGKey | None = None,
 ) -> Queries:
     """Attention output, in the type of q. Dropout acts only when a key is given.
 
-    When T == S the rows must be in order: a key that lies later in the row than a query is one the
-    query must not see. (Decoding with a cache has T < S and no such demand.)
+    The rows must be in order: a key that lies later in the row than a query is one the query must
+    not see. Query t lies where key t does, or with a cache where key `cache_index` + t does.
     Attention dropout draws other numbers on another mesh; everything else is the same on all.
     """
     options = dict(window=config.sliding_window, dropout=config.dropout)
     run = functools.partial(_reference, **options)
-    if config.implementation == "blockwise":
-        run = functools.partial(
-            blockwise, block_q=config.block_q, block_k=config.block_k, **options
-        )
+    if q_BTNH.shape[1] == 1:
+        run = functools.partial(_one_query, **options)
+    elif config.implementation == "blockwise":
+        blocks = dict(block_q=config.block_q, block_k=config.block_k)
+        run = functools.partial(blockwise, cached=cache_index is not None, **blocks, **options)
     mesh = jax.sharding.get_abstract_mesh()
     ids = (q_segments, k_segments, q_positions, k_positions)
-    in_order = q_BTNH.shape[1] == k_BSKH.shape[1]
+    start = 0 if cache_index is None else cache_index
     if mesh.empty:
-        return run(q_BTNH, k_BSKH, v_BSKH, *ids, 0 if in_order else None, dropout_key)
+        return run(q_BTNH, k_BSKH, v_BSKH, *ids, start, dropout_key)
 
     # Each device handles its own rows and heads. Queries may be split along the sequence, keys and
     # values are gathered along it. The compiler alone would partition the tile loops badly.
-    def local(q, k, v, q_seg, k_seg, q_pos, k_pos, key):
-        first_row = lax.axis_index("sequence") * q.shape[1] if in_order else None
+    def local(q, k, v, q_seg, k_seg, q_pos, k_pos, start, key):
+        first_row = start + lax.axis_index("sequence") * q.shape[1]
         if key is not None:
             for axis in mesh.axis_names:
                 key = jax.random.fold_in(key, lax.axis_index(axis))
@@ -90,10 +93,26 @@ def attention(
     k_spec = P(BATCH_AXES, None, "tensor", None)
     return jax.shard_map(
         local,
-        in_specs=(q_spec, k_spec, k_spec, rows_q, rows_k, rows_q, rows_k, P()),
+        in_specs=(q_spec, k_spec, k_spec, rows_q, rows_k, rows_q, rows_k, P(), P()),
         out_specs=q_spec,
         check_vma=False,
-    )(q_BTNH, k_BSKH, v_BSKH, *ids, dropout_key)
+    )(q_BTNH, k_BSKH, v_BSKH, *ids, start, dropout_key)
+
+
+def _one_query(
+    q_BTNH, k_BSKH, v_BSKH, q_seg, k_seg, q_pos, k_pos, first_row, key, *, window, dropout
+):
+    """One query a row, T = 1, which decoding asks for: products over keys in the cache's order."""
+    del first_row, key, dropout
+    B, _, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BKGH = q_BTNH.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    scores_BKGS = dot_f32(q_BKGH, k_BKSH, (3,), (3,), batch=(0, 1))
+    mask = visible(q_seg, k_seg, q_pos, k_pos, window)[:, None]  # [B, 1, 1, S]
+    probs = jax.nn.softmax(jnp.where(mask, scores_BKGS, MASKED)) * mask
+    out_BKGH = dot_f32(probs.astype(v_BKSH.dtype), v_BKSH, (3,), (2,), batch=(0, 1))
+    return out_BKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 
 def _reference(

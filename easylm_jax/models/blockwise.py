@@ -41,9 +41,10 @@ def blockwise(
     k_segments: Int[Array, "B S"],
     q_positions: Tokens,
     k_positions: Int[Array, "B S"],
-    first_row: Int[Array, ""] | int | None,
+    first_row: Int[Array, ""] | int,
     key: PRNGKey | None,
     *,
+    cached: bool,
     block_q: int,
     block_k: int,
     window: int | None,
@@ -51,7 +52,8 @@ def blockwise(
 ) -> Queries:
     """Cut into tiles, attend, undo the layout. Any T and S: the last tiles are padded.
 
-    `first_row` is where the first query lies in the row of keys; None when that means nothing.
+    `first_row` is where the first query lies in the row of keys. `cached` keys may have gaps, rows
+    of padding between tokens that are neighbours by their positions.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -71,7 +73,7 @@ def blockwise(
     (q_seg, q_pos), (k_seg, k_pos) = (
         [_cut(x, size) for x in ids] for ids, size in ((q_ids, tiles.q), (k_ids, tiles.c))
     )
-    bounds = _tile_bounds(tiles, q_seg, k_seg, first_row)
+    bounds = _tile_bounds(tiles, q_seg, k_seg, first_row, None if cached else window)
     out = _tiled(tiles, q, k, v, (q_seg, k_seg, q_pos, k_pos), bounds, key)  # B, I, K, R, H
     out = out.reshape(B, I, K, N // K, tiles.q, H).transpose(0, 1, 4, 2, 3, 5)
     return out.reshape(B, I * tiles.q, N, H)[:, :T]
@@ -88,7 +90,7 @@ def _cut(x: Array, size: int) -> Array:
     return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
-def _tile_bounds(tiles, q_seg_BIQ, k_seg_BJC, first_row):
+def _tile_bounds(tiles, q_seg_BIQ, k_seg_BJC, first_row, window):
     """For each query tile, the range [low, high) of key tiles that the mask does not empty.
 
     Conservative and cheap: segments are compared by their range in a tile, and the diagonal and the
@@ -100,13 +102,12 @@ def _tile_bounds(tiles, q_seg_BIQ, k_seg_BJC, first_row):
     k_least = jnp.where(k_seg_BJC > 0, k_seg_BJC, far).min(-1)[:, None, :]
     q_most, k_most = q_seg_BIQ.max(-1)[:, :, None], k_seg_BJC.max(-1)[:, None, :]
     needed = (k_most >= q_least) & (k_least <= q_most)  # [B, I, J]
-    if first_row is not None:
-        first_q = (first_row + jnp.arange(I) * tiles.q)[:, None]
-        first_k = jnp.arange(J)[None, :] * tiles.c
-        causal = first_k < first_q + tiles.q
-        if tiles.window is not None:
-            causal &= first_k + tiles.c > first_q - tiles.window + 1
-        needed &= causal[None]
+    first_q = (first_row + jnp.arange(I) * tiles.q)[:, None]
+    first_k = jnp.arange(J)[None, :] * tiles.c
+    causal = first_k < first_q + tiles.q
+    if window is not None:
+        causal &= first_k + tiles.c > first_q - window + 1
+    needed &= causal[None]
     low = jnp.argmax(needed, axis=-1)
     high = jnp.where(needed.any(-1), J - jnp.argmax(needed[..., ::-1], axis=-1), low)
     return low.astype(jnp.int32), high.astype(jnp.int32)

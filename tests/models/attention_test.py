@@ -126,9 +126,13 @@ def test_tiles_that_the_mask_empties_are_never_read():
 
 
 @BOTH
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("T", [1, 3])
-def test_decoding_against_a_padded_cache(T, config):
-    """Rows of different lengths; the queries lie in the last slots before the empty ones."""
+def test_decoding_against_a_padded_cache(T, window, config):
+    """Rows of different lengths; the queries lie in the last slots before the empty ones.
+
+    The window is counted in positions, so slots of padding do not use it up.
+    """
     B, S, written = 3, 40, 33
     (_, k, v), _ = draw(1, S, B=B)
     (q, *_), _ = draw(2, T, B=B)
@@ -138,8 +142,9 @@ def test_decoding_against_a_padded_cache(T, config):
     k_positions = np.where(slots < 30, slots, lengths[:, None] + slots - 30)
     q_positions = k_positions[:, written - T : written]
     where = ids(np.ones((B, T)), k_segments, q_positions, k_positions)
-    out = attention(q, k, v, **where, config=config)
-    assert_close(out, by_loops(q, k, v, **where, window=None), rtol=1e-6)
+    config = dataclasses.replace(config, sliding_window=window)
+    out = attention(q, k, v, **where, config=config, cache_index=jnp.int32(written - T))
+    assert_close(out, by_loops(q, k, v, **where, window=window), rtol=1e-6)
 
 
 # ---- dropout -----------------------------------------------------------------------------------

@@ -1,0 +1,337 @@
+"""A model with its tokenizer: text in, text and log-probabilities out. The Python API.
+
+    lm = easylm_jax.load("path/to/a/model")
+    lm.generate(["Once upon a time"], max_new_tokens=64, temperature=0.7, top_p=0.9)[0].text
+    lm.loglikelihood([("The capital of France is", " Paris")])
+    lm.chat([{"role": "user", "content": "Hello"}])
+
+`loading.py` makes one from a path, an evaluator from the parameters in training. What it is not: a
+sampler (`sampler.py` does the work, on ids) or a server.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from easylm_jax.array_types import Params, Tokens
+from easylm_jax.models.llama import Llama, LlamaConfig, output_kernel, output_logits
+from easylm_jax.objectives import token_losses
+from easylm_jax.sampler import (
+    Generated,
+    SamplingConfig,
+    generate,
+    num_row_shards,
+    pad_prompts,
+)
+from easylm_jax.text.example import encode_segment
+from easylm_jax.text.stream import TextStream
+from easylm_jax.text.template import ChatTemplate, Message, end_token, render
+from easylm_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What the model said after a prompt. `ids` include the end token if it came to one.
+
+    `log_probs` has one value per id, of the model itself (temperature 1, nothing left out).
+    """
+
+    text: str
+    ids: list[int]
+    log_probs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Likelihood(NamedTuple):
+    """Summed log-probability of a continuation's ids, and whether each was the best guess."""
+
+    log_prob: float
+    is_greedy: bool
+    num_tokens: int
+
+
+OnText = Callable[[int, str], None]  # row, the text that is new
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """See the top of this file. `mesh` is the one `params` lies on; None: one device."""
+
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer | None = None
+    template: ChatTemplate | None = None
+    mesh: Mesh | None = None
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        n: int = 1,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 8,
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """`n` completions of every prompt, those of one prompt next to one another.
+
+        A prompt is a text, which gets a BOS if the model expects one, or ids as they are. A
+        completion ends at the tokenizer's EOS, at `stop_ids`, before any of the strings in `stop`,
+        or when `max_new_tokens` or the model's context is used up. `seed` is one number, or one per
+        completion: a completion depends on its prompt and its own seed. `on_text` hears of every
+        piece of text as soon as it is certain. `SamplingConfig` explains the rest.
+
+        Raises:
+          ValueError: a prompt that is empty or leaves no room in the context; a value out of range.
+        """
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
+        rows = [self._prompt_ids(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        seeds = _seeds(seed, len(rows) * n)
+        ends = sorted({self._tokenizer.eos_id, *stop_ids})
+        done: dict[int, Completion] = {}
+        for batch in _batches(list(map(len, rows)), batch_size):
+            room = self.config.max_seq_len - max(len(rows[i]) for i in batch)
+            places = [i * n + j for i in batch for j in range(n)]  # in the list that is returned
+            writers = [_Writer(self._tokenizer, stop, ends, place, on_text) for place in places]
+            with self._on_mesh():
+                made = generate(
+                    self.params,
+                    [rows[i] for i in batch],
+                    config=self.config,
+                    sampling=sampling,
+                    seeds=[seeds[place] for place in places],
+                    max_new_tokens=min(max_new_tokens, room),
+                    vocab_size=self._tokenizer.vocab_size,
+                    stop_ids=ends,
+                    samples=n,
+                    watch=functools.partial(_show, writers) if stop or on_text else None,
+                )
+            _show(writers, made, last=True)
+            for place, writer, log_probs in zip(places, writers, made.log_probs, strict=True):
+                done[place] = writer.completion(log_probs)
+        return [done[place] for place in sorted(done)]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        on_text: Callable[[str], None] | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """The assistant's answer to `messages`, the last of which is the user's.
+
+        `on_text` hears of every piece of the answer as soon as it is certain.
+
+        Raises:
+          ValueError: no template; roles out of order; a conversation longer than the context.
+        """
+        if self.template is None:
+            raise ValueError(
+                "the model came without a chat template: name one, such as load(path, "
+                'template="vicuna") or --template=plain'
+            )
+        segments = render(self.template, messages, generate=True)
+        end = end_token(self.template)
+        begun = False
+
+        def on_answer(_: int, text: str) -> None:
+            nonlocal begun
+            text = text if begun else text.lstrip()  # models write a space before an answer
+            begun = begun or bool(text)
+            if text:
+                on_text(text)
+
+        answer = self.generate(
+            [[i for segment in segments for i in encode_segment(segment, self._tokenizer)]],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            stop_ids=[self._tokenizer.special_id(end)] if end else [],
+            on_text=on_answer if on_text else None,
+        )
+        return answer[0].text.strip()
+
+    def loglikelihood(
+        self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 8
+    ) -> list[Likelihood]:
+        """log p(continuation | context) for every (context, continuation).
+
+        Both are encoded together, after a BOS if the model expects one, and the ids that the
+        context alone does not have count as the continuation.
+        """
+        whole = [self._tokenizer.prompt_ids(a + b) for a, b in pairs]
+        starts = [len(self._tokenizer.prompt_ids(a)) for a, _ in pairs]
+        for (context, continuation), ids, start in zip(pairs, whole, starts, strict=True):
+            if not 0 < start < len(ids):
+                raise ValueError(
+                    f"cannot score {continuation!r} after {context!r}: both must have at least one "
+                    "token (the context may be a BOS, where the model has one)"
+                )
+        scored = self.token_log_probs(whole, batch_size=batch_size)
+        found = []
+        for (log_probs, is_greedy), start in zip(scored, starts, strict=True):
+            own = log_probs[start - 1 :]
+            best = bool(is_greedy[start - 1 :].all())
+            found.append(Likelihood(float(own.sum(dtype=np.float64)), best, len(own)))
+        return found
+
+    def token_log_probs(
+        self, rows: Sequence[Sequence[int]], *, batch_size: int = 8
+    ) -> list[tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]:
+        """For every row of ids: log p of each but the first, and 1.0 where it is the best guess."""
+        found = {}
+        for batch in _batches(list(map(len, rows)), batch_size):
+            for i in batch:
+                self._check_length(rows[i], room=0)
+            with self._on_mesh():
+                tokens, lengths = pad_prompts(
+                    [rows[i] for i in batch], rows_multiple=num_row_shards()
+                )
+                scores = jax.device_get(_scores(self.params, tokens, lengths, config=self.config))
+            for row, i in enumerate(batch):
+                losses, is_best = (x[row, : len(rows[i]) - 1] for x in scores)
+                found[i] = (-losses, is_best)
+        return [found[i] for i in range(len(rows))]
+
+    def logits(
+        self, token_ids: Sequence[int] | Int[np.ndarray, "..."]
+    ) -> Float[np.ndarray, "... V"]:
+        """Logits after each id of one row [T] or of rows of equal length [B, T], float32."""
+        ids = np.asarray(token_ids, np.int32)
+        rows = ids.reshape(-1, ids.shape[-1])
+        self._check_length(rows[0].tolist(), room=0)
+        with self._on_mesh():
+            tokens, lengths = pad_prompts(rows.tolist(), rows_multiple=num_row_shards())
+            logits = jax.device_get(_logits(self.params, tokens, lengths, config=self.config))
+        return logits[: len(rows), : ids.shape[-1]].reshape(*ids.shape, -1)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                "the model came without a tokenizer: give load(path, tokenizer=...) one"
+            )
+        return self.tokenizer
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self._tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_length(ids, room=1)
+        return ids
+
+    def _check_length(self, ids: Sequence[int], *, room: int) -> None:
+        most = self.config.max_seq_len - room
+        if not 0 < len(ids) <= most:
+            raise ValueError(
+                f"{len(ids)} tokens do not fit: expected at least 1, and at most {most} of the "
+                f"model's context of {self.config.max_seq_len}"
+            )
+
+
+class _Writer:
+    """The text of one row in the making."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        ends: Sequence[int],
+        place: int,
+        on_text: OnText | None,
+    ) -> None:
+        self._stream = TextStream(tokenizer, stop, continuation=True)
+        self._ends, self._place, self._on_text = frozenset(ends), place, on_text
+        self._ids: list[int] = []
+        self._text = ""
+
+    def show(self, ids: list[int], *, last: bool) -> bool:
+        """Take the row's ids so far; whether a stop string has ended it."""
+        new = ""
+        for token in ids[len(self._ids) :]:
+            if not self._stream.finished:  # the ids after a stop string are dropped
+                self._ids.append(token)
+                new += "" if token in self._ends else self._stream.push([token])
+        new += self._stream.close() if last else ""
+        self._text += new
+        if new and self._on_text:
+            self._on_text(self._place, new)
+        return self._stream.finished
+
+    def completion(self, log_probs: Float[np.ndarray, " M"]) -> Completion:
+        ended = self._stream.finished or (self._ids and self._ids[-1] in self._ends)
+        return Completion(
+            text=self._text,
+            ids=self._ids,
+            log_probs=log_probs[: len(self._ids)].tolist(),
+            finish_reason="stop" if ended else "length",
+        )
+
+
+def _show(writers: Sequence[_Writer], made: Generated, *, last: bool = False) -> list[int]:
+    """Every row to its writer; the rows that a stop string has ended."""
+    rows = zip(writers, made.tokens, made.count, strict=True)
+    ended = [writer.show(ids[:count].tolist(), last=last) for writer, ids, count in rows]
+    return [row for row, stop in enumerate(ended) if stop]
+
+
+def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    if isinstance(seed, int):
+        return np.random.SeedSequence(seed).generate_state(rows).tolist()
+    if len(seed) != rows:
+        raise ValueError(f"{len(seed)} seeds were given for {rows} completions: give one for each")
+    return list(seed)
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in groups of similar length, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _hidden(params: Params, tokens: Tokens, lengths: Array, config: LlamaConfig) -> Array:
+    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    segments = (slots < lengths[:, None]).astype(jnp.int32)
+    config = dataclasses.replace(config, scan_layers="layers" in params, remat="none")
+    return Llama(config).apply({"params": params}, tokens, segments, slots)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _scores(params: Params, tokens: Tokens, lengths: Array, *, config: LlamaConfig):
+    """Losses [B, T] of the next tokens, and whether they are the best guesses; the last is void."""
+    hidden_BTD = _hidden(params, tokens, lengths, config)
+    return token_losses(hidden_BTD, output_kernel(params), jnp.roll(tokens, -1, axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _logits(params: Params, tokens: Tokens, lengths: Array, *, config: LlamaConfig):
+    return output_logits(params, _hidden(params, tokens, lengths, config))
