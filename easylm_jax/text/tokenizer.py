@@ -386,8 +386,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = epath.Path(spec)
     if path.is_dir():
-        # Of a folder with both, tokenizer.json: it alone has the tokens that fine-tuning added.
-        names = ("tokenizer.json", "tokenizer.model", "tokenizer.bytes")
+        names = ("tokenizer.model", "tokenizer.json", "tokenizer.bytes")
         found = [path / name for name in names if (path / name).exists()]
         found += sorted(path.glob("*.model"))
         if not found:
@@ -395,6 +394,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
                 f"tokenizer folder {spec} holds none of {', '.join(names)} or *.model: give the "
                 "folder of a tokenizer"
             )
+        if len(found) > 1 and found[1].name == "tokenizer.json":
+            return _of_two(load_tokenizer(str(found[0])), load_tokenizer(str(found[1])))
         path = found[0]
     if not path.exists():
         raise ValueError(
@@ -411,6 +412,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
         return llama3_tokenizer(content, name=str(path))
     return SentencePieceTokenizer(content, name=str(path))
+
+
+def _of_two(original: Tokenizer, converted: Tokenizer) -> Tokenizer:
+    """`tokenizer.model` is the original, unless fine-tuning added tokens, which are in the other.
+
+    Converted files can differ: transformers 5.23 turns LLaMA's into one with other ids for runs of
+    spaces and for spaces after a line break.
+    """
+    is_whole = isinstance(original, SentencePieceTokenizer)
+    return original if is_whole and original.vocab_size >= converted.vocab_size else converted
 
 
 def train_sentencepiece(

@@ -161,6 +161,18 @@ def test_a_vocabulary_that_does_not_fit_is_one_sentence(tmp_path, vocab_size):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("added", [[], ["<|added|>"]])
+def test_of_two_files_that_with_more_tokens_is_taken_and_else_the_original(tmp_path, added):
+    original = _sentencepiece(tmp_path)
+    (tmp_path / "t.model").rename(tmp_path / "tokenizer.model")
+    converted = fast_tokenizer()
+    converted.add_tokens([f"w{i}" for i in range(500 - converted.get_vocab_size())] + added)
+    converted.save(str(tmp_path / "tokenizer.json"))
+    taken = tokenizer_lib.load_tokenizer(str(tmp_path))
+    assert (taken.fingerprint == original.fingerprint) == (not added)
+    assert taken.vocab_size == 500 + len(added)
+
+
 def test_wrong_files_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer at"):
         tokenizer_lib.load_tokenizer(str(tmp_path / "missing"))
