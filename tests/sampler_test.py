@@ -230,12 +230,15 @@ def test_the_penalty_is_that_of_transformers():
     assert_close(got, expected.numpy(), rtol=1e-6)
 
 
-def test_a_heavy_penalty_repeats_nothing():
-    """All ids of a vocabulary of 40 that are not in the prompt, 0 among them: padding is no id."""
-    penalty = SamplingConfig(temperature=0.0, repetition_penalty=1e6)
-    prompt = PROMPTS[2]
-    made = run([prompt], sampling=penalty, max_new_tokens=40 - len(prompt), vocab_size=40)
-    assert sorted(made.tokens[0].tolist() + prompt) == list(range(40))
+def test_the_penalty_is_for_ids_of_the_prompt_and_new_ones_not_for_padding():
+    tokens, lengths = pad_prompts(PROMPTS)
+    penalty = SamplingConfig(temperature=0.0, repetition_penalty=1.2)
+    settings = make_settings(penalty, [0] * 3, vocab_size=VOCAB, stop_ids=[])
+    state = prefill(tiny_params(), tokens, lengths, settings, config=tiny_config(), room=16)
+    state = decode(tiny_params(), state, settings, 5, config=tiny_config())
+    for row, prompt in enumerate(PROMPTS):
+        expected = {*prompt, *state.tokens[row, :5].tolist()}
+        assert set(np.flatnonzero(state.seen[row])) == expected
 
 
 @pytest.mark.parametrize(
