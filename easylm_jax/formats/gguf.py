@@ -5,6 +5,8 @@ most of the IQ types) under the architectures `llama` and `qwen2`; writes F32, F
 Q4_0. The container is in `gguf_header.py`, the tokenizer in `gguf_tokenizer.py`.
 """
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -135,7 +137,7 @@ def _with_rope_scaling(header: Header, config: LlamaConfig, path: str) -> LlamaC
     factors = _read_tensor(header, ROPE_FACTORS, path)
     for original in (2**power for power in range(8, 21)):
         scaling = RopeScaling(_shortest(float(factors.max())), 1.0, 4.0, original)
-        scaled = LlamaConfig(**(vars(config) | {"rope_scaling": scaling}))
+        scaled = dataclasses.replace(config, rope_scaling=scaling)
         expected = _rope_factors(scaled)
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-5, atol=0):
             return scaled
@@ -147,7 +149,7 @@ def _with_rope_scaling(header: Header, config: LlamaConfig, path: str) -> LlamaC
 
 def _rope_factors(config: LlamaConfig) -> np.ndarray:
     """What the frequencies are divided by."""
-    plain = LlamaConfig(**(vars(config) | {"rope_scaling": None}))
+    plain = dataclasses.replace(config, rope_scaling=None)
     return (rope_frequencies(plain) / rope_frequencies(config)).astype(np.float32)
 
 
@@ -201,10 +203,8 @@ def write_gguf(model: Model, path: str, *, dtype: str = "f32") -> None:
     types = {}
     for name, shape in _shapes(config, architecture).items():
         types[name] = _type_of(name, shape, config, dtype)
-        size = np.dtype(np.float32).itemsize * int(np.prod(shape))
-        if types[name] != Type.F32:
-            block, block_size = gguf.GGML_QUANT_SIZES[types[name]]
-            size = int(np.prod(shape)) // block * block_size
+        block, block_size = gguf.GGML_QUANT_SIZES[types[name]]
+        size = math.prod(shape) // block * block_size
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, types[name])
     if jax.process_index() == 0:
         _write_file(writer, model, path, types)
@@ -217,17 +217,18 @@ def _write_file(writer: gguf.GGUFWriter, model: Model, path: str, types: dict[st
     """Under another name first, so that `path` is never half a file."""
     partial = f"{path}.partial"
     try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, x in _tensors(model, writer.arch):
-            writer.write_tensor_data(_encode(x, types[name], name))
-        writer.close()
+        try:
+            writer.write_header_to_file(partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, x in _tensors(model, writer.arch):
+                writer.write_tensor_data(_encode(x, types[name], name))
+        finally:
+            writer.close()  # flushes, so it too may find the disk full
         os.replace(partial, path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error}; free room or give another path") from None
     finally:
-        writer.close()
         if os.path.exists(partial):
             os.remove(partial)
 
@@ -269,14 +270,14 @@ def _type_of(name: str, shape: tuple[int, ...], config: LlamaConfig, dtype: str)
 
 def _encode(x: np.ndarray, type: Type, name: str) -> np.ndarray:
     x = np.ascontiguousarray(x)
+    if type == Type.F32:
+        return x.astype(np.float32)
     if type == Type.BF16:
         return x.astype(ml_dtypes.bfloat16)
-    if type in (Type.F32, Type.F16):
-        with np.errstate(over="ignore"):
-            out = x.astype(np.float32 if type == Type.F32 else np.float16)
-        if not np.isfinite(out).all() and np.isfinite(x).all():
+    if type == Type.F16:
+        if np.abs(x).max() > np.finfo(np.float16).max:
             raise ValueError(f"{name} has values beyond float16's 65504: write f32, bf16 or q8_0")
-        return out
+        return x.astype(np.float16)
     block, size = gguf.GGML_QUANT_SIZES[type]
     shape = (*x.shape[:-1], x.shape[-1] // block * size)
     return _by_rows(lambda rows: gguf.quantize(rows.astype(np.float32), type), x, shape, np.uint8)

@@ -237,7 +237,8 @@ def tokenizer_to_metadata(tokenizer: Tokenizer | None, *, vocab_size: int) -> di
     return {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
 
 
-def _from_tokenizer_json(content: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _from_tokenizer_json(content: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+    """`beside` is the `tokenizer_config.json`."""
     model, patterns = content["model"], _patterns_of(content["pre_tokenizer"])
     whole_words = model.get("ignore_merges", False)
     names = [
@@ -261,7 +262,7 @@ def _from_tokenizer_json(content: dict[str, Any], config: dict[str, Any]) -> dic
         types[token["id"]] = int(kind)
     ids = range(max(by_id) + 1)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    said = {key: config.get(f"{which}_token") for which, key in _SPECIAL.items()}
+    said = {key: beside.get(f"{which}_token") for which, key in _SPECIAL.items()}
     spelled = {key: s["content"] if isinstance(s, dict) else s for key, s in said.items() if s}
     return {f"{key}_token_id": vocab[s] for key, s in spelled.items() if s in vocab} | {
         "model": "gpt2",

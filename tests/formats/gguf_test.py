@@ -1,6 +1,7 @@
 """GGUF files: blocks decoded by hand, models there and back, and llama.cpp's opinion of ours."""
 
 import os
+import resource
 
 import gguf
 import jax
@@ -69,6 +70,19 @@ def test_f32_comes_back_bit_for_bit(variant, tmp_path):
         assert getattr(foreign.config, name) == getattr(model.config, name), name
     assert foreign.chat_template == "{{ messages }}"
     jax.tree.map(np.testing.assert_array_equal, params, model.params)
+
+
+@pytest.mark.parametrize("dtype, name", [("f16", "float16"), ("bf16", "bfloat16")])
+def test_sixteen_bits_are_the_rounded_numbers(dtype, name, tmp_path):
+    model = random_model()
+    write_gguf(model, str(tmp_path / "m.gguf"), dtype=dtype)
+    _, params = load(str(tmp_path / "m.gguf"))
+    for path in (("lm_head", "kernel"), ("embed", "embedding")):
+        (got, exact) = (tree[path[0]][path[1]] for tree in (params, model.params))
+        np.testing.assert_array_equal(got, exact.astype(name).astype("float32"))
+    np.testing.assert_array_equal(
+        params["final_norm"]["scale"], model.params["final_norm"]["scale"]
+    )
 
 
 def test_types_are_llama_cpps(tmp_path):
@@ -327,6 +341,13 @@ def test_a_failed_export_leaves_what_was_there(tmp_path):
     path.write_text("old")
     with pytest.raises(ValueError, match="output.weight has values beyond float16"):
         write_gguf(model, str(path), dtype="f16")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as a full disk
+    try:
+        with pytest.raises(ValueError, match="cannot write .*m.gguf: .*; free room"):
+            write_gguf(model, str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
