@@ -1,13 +1,16 @@
 """What must agree before a run may start or go on: one sentence each where it does not.
 
-Called by `train.py` alone.
+Called by `train.py` and `loading.py`.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from easylm_jax.models.llama import LlamaConfig
 from easylm_jax.text.tokenizer import Tokenizer
-from easylm_jax.workdir import compare_config, read_config, without
+from easylm_jax.workdir import Difference, compare_config, read_config, without
 
 # What may change when a run is resumed, since it does not change what a step computes. Another
 # duration changes the rest of the schedule; that is what "go on for longer" means. Data and
@@ -17,6 +20,13 @@ FREE_TO_CHANGE = (
     *("eval", "checkpoint", "mesh", "distributed", "log_every", "peak_flops", "profile"),
     *("duration", "guard", "micro_batches", "model.remat", "model.layer_unroll"),
     *("model.attention.implementation", "model.attention.block_q", "model.attention.block_k"),
+)
+
+# The fields of LlamaConfig that say what function the parameters compute; the others say how.
+MODEL_FIELDS = (
+    *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"),
+    *("norm_eps", "rope_theta", "rope_scaling", "tie_embeddings", "qkv_bias"),
+    "attention.sliding_window",
 )
 
 
@@ -50,3 +60,22 @@ def check_same_run(config: Mapping[str, Any], workdir: str) -> None:
             f"{' ...' if len(fixed) > 5 else ''}); restore them, or take another --workdir and "
             f"set init_from={workdir}/checkpoints to start from its parameters"
         )
+
+
+def check_same_model(found: LlamaConfig, expected: LlamaConfig, path: str) -> None:
+    """The model at `path` is the one that the configuration describes."""
+    differences = compare_config(dataclasses.asdict(expected), dataclasses.asdict(found))
+    about_others = without(differences, MODEL_FIELDS)
+    wrong = [d for d in differences if d not in about_others and not _is_rounded(d)]
+    if wrong:
+        listed = "; ".join(f"model.{d.key} (expected {d.old!r}, got {d.new!r})" for d in wrong)
+        raise ValueError(
+            f"{path} is not the model that this configuration describes: {listed}; set these to "
+            "what the file has, or convert it to native first if the run is to change them"
+        )
+
+
+def _is_rounded(d: Difference) -> bool:
+    """Some formats keep norm_eps and rope_theta in single precision."""
+    both_floats = isinstance(d.old, float) and isinstance(d.new, float)
+    return both_floats and math.isclose(d.old, d.new, rel_tol=1e-6)

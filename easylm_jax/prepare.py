@@ -27,6 +27,7 @@ from tqdm import tqdm
 from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.documents import BadLines, Document, match_files, read_documents
 from easylm_jax.data.token_store import StoreInfo, read_info, write_store
+from easylm_jax.loading import find_tokenizer
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 TRAIN_TOKENIZER = "train"
@@ -37,7 +38,7 @@ class PrepareConfig:
     """What to make training data from."""
 
     sources: dict[str, tuple[str, ...]]  # name -> globs of JSONL or text files, .gz or .zst too
-    tokenizer: str = TRAIN_TOKENIZER  # "train", or what `load_tokenizer` takes
+    tokenizer: str = TRAIN_TOKENIZER  # "train", or what `find_tokenizer` takes
     vocab_size: int = 32_000  # of a trained tokenizer
     tokenizer_bytes: int = 100_000_000  # of text to train it on, the same from every source
     validation_fraction: float = 0.005  # of the documents
@@ -68,7 +69,7 @@ def make_tokenizer(cfg: PrepareConfig, out: str) -> Tokenizer:
             (cfg.vocab_size, cfg.tokenizer_bytes, cfg.text_field, cfg.on_bad_line),
         )
     else:
-        tokenizer = load_tokenizer(cfg.tokenizer)
+        tokenizer = find_tokenizer(cfg.tokenizer)
         origin = tokenizer.fingerprint
     if origin_file.exists():
         found = load_tokenizer(str(folder))

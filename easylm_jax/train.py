@@ -16,10 +16,11 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from easylm_jax import loading
 from easylm_jax import workdir as run_files
 from easylm_jax.banner import closing_lines, opening_lines
 from easylm_jax.batch import check_batch
-from easylm_jax.checkpoint import Checkpointer, CheckpointError, restore_params
+from easylm_jax.checkpoint import Checkpointer, CheckpointError
 from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.prefetch import Prefetch
 from easylm_jax.data.source import DataConfig, heldout_batches, make_source
@@ -36,7 +37,6 @@ from easylm_jax.progress import Progress
 from easylm_jax.sharding import local_rows, to_global
 from easylm_jax.step import GuardConfig, train_step
 from easylm_jax.stopping import stop_signals
-from easylm_jax.text.tokenizer import load_tokenizer
 from easylm_jax.train_state import abstract_state, init_state
 from easylm_jax.tree import num_elements
 
@@ -70,7 +70,7 @@ class TrainConfig:
 
     model: LlamaConfig
     data: DataConfig
-    tokenizer: str  # "bytes", a sentencepiece .model, a tokenizer.json, or a folder with one
+    tokenizer: str  # "bytes", a *.model, a tokenizer.json, a folder with one, or a model
     duration: str  # such as "250000 steps", "1T tokens", "2 epochs"
     batch_size: int  # rows per step, over all devices
     seq_len: int  # tokens per row
@@ -82,7 +82,7 @@ class TrainConfig:
     mesh: str = "1,-1,1,1"  # replica,fsdp,sequence,tensor
     distributed: DistributedConfig = DistributedConfig()
     seed: int = 0
-    init_from: str | None = None  # a new run takes its parameters from this checkpoint
+    init_from: str | None = None  # a new run takes its parameters from this model, of any format
     log_every: int = 10  # steps
     peak_flops: float | None = None  # per device, for MFU; None: by the device's name, if known
     profile: str = ""  # "100:105" traces these steps
@@ -115,7 +115,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         check_divides(
             mesh, rows=micro_rows, seq_len=cfg.seq_len, num_kv_heads=cfg.model.num_kv_heads
         )
-        tokenizer = load_tokenizer(cfg.tokenizer)
+        tokenizer = loading.find_tokenizer(cfg.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)
         rows = local_rows(mesh, cfg.batch_size)
         shape = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len, tokenizer=tokenizer, rows=rows)
@@ -162,7 +162,8 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         else:
             state, step = jax.jit(make_state, out_shardings=shardings)(), 0
             if cfg.init_from:
-                state = state.replace(params=restore_params(cfg.init_from, abstract.params))
+                params = loading.params_for_training(cfg.init_from, abstract.params, cfg.model)
+                state = state.replace(params=params)
 
         # ---- the compiled step ----
         forward = make_forward(cfg.model)
@@ -201,9 +202,9 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         )
         if is_first:
             config = dataclasses.asdict(cfg)
-            run_files.record_start(
-                workdir, config, argv=sys.orig_argv, save_tokenizer=tokenizer.save
-            )
+            template = loading.find_chat_template(cfg.tokenizer)
+            save_text = functools.partial(loading.save_tokenizer, tokenizer, template)
+            run_files.record_start(workdir, config, argv=sys.orig_argv, save_tokenizer=save_text)
         for line in opening_lines(
             workdir,
             mesh_shape=mesh.shape,
@@ -234,7 +235,6 @@ def train(cfg: TrainConfig, workdir: str) -> None:
                     max_new_tokens=cfg.eval.sample_tokens,
                     temperature=cfg.eval.temperature,
                     seed=cfg.seed,
-                    rows_multiple=micro_rows,
                 )
                 pairs = zip(cfg.eval.prompts, texts, strict=True)
                 log.write_text(step, [{"prompt": p, "text": t} for p, t in pairs])

@@ -1,0 +1,263 @@
+"""Every format is found by its content, and what comes in is what was there."""
+
+import dataclasses
+import functools
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easylm_jax.convert import write_native
+from easylm_jax.formats.easylm import write_easylm
+from easylm_jax.formats.foreign import Model, foreign_tensors
+from easylm_jax.formats.gguf import write_gguf
+from easylm_jax.formats.hf import write_hf
+from easylm_jax.formats.meta import write_meta
+from easylm_jax.formats.names import META
+from easylm_jax.loading import (
+    find_chat_template,
+    find_format,
+    find_tokenizer,
+    load,
+    open_foreign,
+    open_model,
+    params_for_training,
+    save_tokenizer,
+    target_params,
+)
+from easylm_jax.mesh import make_mesh
+from easylm_jax.models.llama import Llama, RopeScaling, init_params, output_logits
+from easylm_jax.models.presets import PRESETS
+from easylm_jax.preflight import check_same_model
+from easylm_jax.text.tokenizer import ByteTokenizer, train_sentencepiece
+from easylm_jax.tree import named_leaves
+from tests.tiny import tiny_config
+
+CONFIG = tiny_config(vocab_size=264)
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+# llama2.c fixes what is not in its header; ours is as it says.
+LLAMA2C = tiny_config(vocab_size=264, norm_eps=1e-5, rope_theta=10_000.0)
+FOREIGN = ("hf", "gguf", "meta", "easylm", "llama2c")
+ROOT = Path(__file__).parents[1]
+WRITERS = {"hf": write_hf, "meta": write_meta, "easylm": write_easylm}
+
+
+@functools.cache
+def random_params(config):
+    return jax.jit(functools.partial(init_params, config))(jax.random.key(1))
+
+
+def random_model(config=CONFIG, **rest) -> Model:
+    return Model(config, random_params(config), **rest)
+
+
+def llama2c_bytes(model: Model) -> bytes:
+    """By hand, since we do not write the format: header, tensors stacked by layer, rope tables."""
+    cfg, tensors = model.config, dict(foreign_tensors(model, META))
+    header = (cfg.d_model, cfg.d_ff, cfg.num_layers, cfg.num_heads, cfg.num_kv_heads)
+    content = struct.pack("<7i", *header, -cfg.vocab_size, cfg.max_seq_len)
+    layer = "layers.{}.{}.weight"
+    stacked = ("attention_norm", *(f"attention.w{x}" for x in "qkvo"), "ffn_norm")
+    order = ["tok_embeddings.weight"]
+    for name in (*stacked, *(f"feed_forward.w{i}" for i in "123")):
+        order += [layer.format(i, name) for i in range(cfg.num_layers)]
+    arrays = [tensors[name] for name in (*order, "norm.weight")]
+    rope = np.zeros(cfg.max_seq_len * cfg.head_dim, np.float32)
+    arrays += [rope, tensors["output.weight"]]
+    return content + b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)
+
+
+def write(name: str, model: Model, folder: Path) -> str:
+    """The model in a format, under a name that says nothing about it."""
+    path = str(folder / ("thing.bin" if name == "llama2c" else "thing"))
+    if name == "native":
+        write_native(model, path)
+    elif name == "llama2c":
+        Path(path).write_bytes(llama2c_bytes(model))
+    elif name == "gguf":
+        write_gguf(model, path, dtype="f32")
+    else:
+        WRITERS[name](model, path, dtype="float32")
+    return path
+
+
+def same_bits(a, b) -> bool:
+    a, b = named_leaves(a), named_leaves(b)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and np.asarray(a[n]).tobytes() == np.asarray(b[n]).tobytes()
+        for n in a
+    )
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_format_is_found_by_content_and_read_into_a_mesh(name, tmp_path):
+    model = random_model(CONFIG if name != "llama2c" else LLAMA2C)
+    path = write(name, model, tmp_path)
+    assert find_format(path) == name
+    opened = open_model(path)
+    check_same_model(opened.config, model.config, path)
+    target = target_params(opened.config, make_mesh("1,2,1,4"))
+    params = opened.read(target)
+    assert same_bits(params, model.params)
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, target)
+
+
+def test_a_stream_alone_needs_the_name_of_its_model(tmp_path, monkeypatch):
+    model = random_model()
+    stream = Path(write("easylm", model, tmp_path)) / "streaming_params"
+    (stream.parent / "config.json").unlink()
+    with pytest.raises(ValueError, match="streaming_params"):
+        open_model(f"params::{stream}")
+    monkeypatch.setitem(PRESETS, "tests", CONFIG)
+    opened = open_model(f"params::{stream}", model="tests")
+    assert same_bits(opened.read(target_params(CONFIG, make_mesh("1,-1,1,1"))), model.params)
+
+
+def test_a_run_is_found_by_its_folder_its_checkpoints_and_a_step(tmp_path, monkeypatch):
+    model = random_model(tokenizer=ByteTokenizer(), chat_template=TEMPLATE)
+    write_native(model, str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints" / "00000000")
+    for path in (".", "..", "../..", str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints")):
+        opened = open_model(path)
+        assert opened.config == CONFIG and opened.chat_template == TEMPLATE
+        assert opened.tokenizer().fingerprint == ByteTokenizer().fingerprint
+        target = target_params(CONFIG, make_mesh("1,1,1,1", jax.devices()[:1]))
+        assert same_bits(opened.read(target), model.params)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json does not say of what model"):
+        open_model(str(tmp_path / "run"))
+
+
+def test_what_is_no_model_is_told_with_what_was_sought(tmp_path):
+    (tmp_path / "noise").write_bytes(np.random.default_rng(0).bytes(5_000))
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    cases = {
+        "absent": "there is no such file or folder",
+        "noise": "the file is none of GGUF",
+        "empty": "the file is none of GGUF",
+        "folder": "the folder holds none of checkpoints/",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=f"{name} is not a checkpoint or model: {message}"):
+            open_foreign(str(tmp_path / name))
+
+
+# Training from it
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "native"])
+def test_a_run_starts_from_any_format(name, tmp_path):
+    model = random_model(CONFIG if name != "llama2c" else LLAMA2C)
+    path = write(name, model, tmp_path)
+    target = target_params(model.config, make_mesh("1,4,1,2"))
+    assert same_bits(params_for_training(path, target, model.config), model.params)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(rope_theta=5e5), r"model.rope_theta \(expected 500000.0, got 10000.0\)"),
+        (dict(norm_eps=1e-6), r"model.norm_eps \(expected 1e-06, got 1e-05\)"),
+        (dict(num_heads=2, head_dim=16, num_kv_heads=1), r"num_heads \(expected 2, got 4\)"),
+        (dict(tie_embeddings=True), r"tie_embeddings \(expected True, got False\)"),
+        (dict(rope_scaling=RopeScaling()), r"rope_scaling.factor \(expected 8.0"),
+        (dict(d_ff=64), r"model.d_ff \(expected 64, got 48\)"),
+    ],
+)
+def test_a_run_does_not_start_from_another_model(change, message, tmp_path):
+    path = write("gguf", random_model(), tmp_path)
+    asked = dataclasses.replace(CONFIG, **change)
+    target = target_params(asked, make_mesh("1,-1,1,1"))
+    with pytest.raises(ValueError, match=f"not the model that this configuration.*{message}"):
+        params_for_training(path, target, asked)
+
+
+def test_what_the_model_does_not_depend_on_may_differ(tmp_path):
+    path = write("gguf", random_model(), tmp_path)
+    asked = dataclasses.replace(CONFIG, remat="full", dtype="bfloat16", max_seq_len=32)
+    params_for_training(path, target_params(asked, make_mesh("1,-1,1,1")), asked)
+
+
+# Tokenizers
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["ab", "abc", "the cat", "a dog", "on and on"] * 40
+    return train_sentencepiece(words, str(folder / "tokenizer.model"), vocab_size=280)
+
+
+@pytest.mark.parametrize("name", ["hf", "gguf", "meta", "native"])
+def test_a_tokenizer_comes_out_of_any_model_that_has_one(name, sentencepiece, tmp_path):
+    config = tiny_config(vocab_size=sentencepiece.vocab_size)
+    model = random_model(config, tokenizer=sentencepiece, chat_template=TEMPLATE)
+    path = write(name, model, tmp_path)
+    text = "the cat and\n  a döner 🐈"
+    assert find_tokenizer(path).encode(text) == sentencepiece.encode(text)
+    if name != "meta":  # which has no place for one
+        assert find_chat_template(path) == TEMPLATE
+
+
+def test_the_folder_of_a_run_keeps_tokenizer_and_template(sentencepiece, tmp_path):
+    save_tokenizer(sentencepiece, TEMPLATE, str(tmp_path / "a"))
+    found = find_tokenizer(str(tmp_path / "a"))
+    save_tokenizer(found, find_chat_template(str(tmp_path / "a")), str(tmp_path / "b"))
+    assert find_tokenizer(str(tmp_path / "b")).fingerprint == sentencepiece.fingerprint
+    assert find_chat_template(str(tmp_path / "b")) == TEMPLATE
+    assert find_chat_template("bytes") is None
+
+
+def test_a_model_without_a_tokenizer_is_told(tmp_path):
+    path = write("gguf", random_model(), tmp_path)
+    with pytest.raises(ValueError, match="came without a tokenizer"):
+        find_tokenizer(path)
+
+
+# The language model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_load_gives_the_logits_of_the_model(dtype, tmp_path):
+    model = random_model(tokenizer=ByteTokenizer(), chat_template=TEMPLATE)
+    write_native(model, str(tmp_path / "run"))
+    lm = load(str(tmp_path / "run"), dtype=dtype)
+    assert {x.dtype for x in jax.tree.leaves(lm.params)} == {jnp.dtype(dtype)}
+    ids = np.random.default_rng(0).integers(3, 264, (1, 12))
+    segments, positions = jnp.ones((1, 12), jnp.int32), jnp.arange(12)[None]
+    hidden, _ = Llama(CONFIG).apply({"params": model.params}, jnp.asarray(ids), segments, positions)
+    expected = np.asarray(output_logits(model.params, hidden))[0]
+    got = np.asarray(lm.logits(ids[0].tolist())).reshape(expected.shape)
+    np.testing.assert_allclose(got, expected, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+def test_wrong_arguments_of_load_are_told(tmp_path):
+    big = random_model(tiny_config(vocab_size=128), tokenizer=ByteTokenizer())
+    write_native(big, str(tmp_path / "big"))
+    with pytest.raises(ValueError, match="tokenizer has 259 tokens, .* embedding has 128"):
+        load(str(tmp_path / "big"))
+    with pytest.raises(ValueError, match="dtype 'float8' is not one of float32"):
+        load(str(tmp_path / "big"), dtype="float8")
+
+
+THREE_LINES = """
+import easylm_jax as el, sys
+assert "jax" not in sys.modules
+import easylm_jax.loading  # does not hide el.load
+lm = el.load(sys.argv[1])
+print(len(lm.generate(["Once upon a time"], max_new_tokens=4, temperature=0.7, seed=0)))
+"""
+
+
+@pytest.mark.slow
+def test_the_three_lines_of_colab(tmp_path):
+    write_native(random_model(tokenizer=ByteTokenizer()), str(tmp_path / "run"))
+    command = [sys.executable, "-c", THREE_LINES, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "1", done.stderr[-2000:]
