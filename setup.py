@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 PY311 = '; python_version < "3.12"'
 PY312 = '; python_version >= "3.12"'
 
-REPORT = ["jinja2==3.1.6", "matplotlib==3.11.2"]
+REPORT = ["matplotlib==3.11.2"]
 TEST = [
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",
@@ -17,7 +17,7 @@ TEST = [
     "ruff==0.17.5",
     *REPORT,
 ]
-TORCH = ["torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0"]
+TORCH = ["torch==2.13.0", "transformers==5.23.0"]
 
 setup(
     name="easylm_jax",
@@ -41,6 +41,9 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and forgets to say so
         "sentencepiece==0.2.3",
         "tokenizers==0.23.3",
+        "gguf==0.19.0",
+        "safetensors==0.8.0",
+        "jinja2==3.1.6",  # chat templates; the page of report.py
         "ml-collections==1.1.0",
         "jaxtyping==0.3.11",
         "zstandard==0.25.0",
