@@ -2,8 +2,8 @@
 
 Reads one file or shards with an index, and the older `pytorch_model*.bin`; writes what
 transformers' Auto classes load. Only headers are read at first, and tensors one by one by plain
-reads: pages of a mapped file would count as memory of the process until the last tensor. How
-configurations correspond is in `hf_config.py`.
+reads: pages of a mapped file would count as memory of the process until the last tensor.
+Configurations are in `hf_config.py`, tokenizers in `hf_tokenizer.py`.
 """
 
 import itertools
@@ -20,9 +20,10 @@ from safetensors.numpy import save_file
 
 from easylm_jax.formats.foreign import Foreign, Model, foreign_shapes, foreign_tensors
 from easylm_jax.formats.hf_config import config_from_hf, config_to_hf
+from easylm_jax.formats.hf_tokenizer import tokenizer_files
 from easylm_jax.formats.names import HF
 from easylm_jax.formats.torch_file import LazyTensor, open_torch_file
-from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
+from easylm_jax.text.tokenizer import load_tokenizer
 
 MAX_SHARD_BYTES = 2 * 10**9  # a larger tensor has a shard of its own
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -158,8 +159,7 @@ def write_hf(model: Model, folder: str, *, dtype: str = "float32") -> None:
     """Write a folder that transformers loads, with the weights in `dtype`.
 
     Host memory: the tensors of one file, at most `MAX_SHARD_BYTES`. Of several processes all must
-    call and the first writes. Of tokenizers, that of bytes is one which transformers cannot load,
-    and to texts that begin with a space it adds no other where a `tokenizer.model` asks for it.
+    call and the first writes. Transformers has no tokenizer of bytes: that one only we read again.
     """
     target = Path(folder)
     if is_writer := jax.process_index() == 0:
@@ -211,9 +211,7 @@ def _small_files(model: Model, dtype: str) -> dict[str, bytes]:
     files = {}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        files |= tokenizer.files()
-        if said := _tokenizer_config(tokenizer):
-            files["tokenizer_config.json"] = _as_json(said)
+        files |= tokenizer_files(tokenizer)
     files["config.json"] = _as_json(config_to_hf(model.config) | {"torch_dtype": dtype} | ids)
     files["generation_config.json"] = _as_json(ids)
     if len(shards) > 1:
@@ -224,29 +222,6 @@ def _small_files(model: Model, dtype: str) -> dict[str, bytes]:
     if model.chat_template is not None:
         files[CHAT_TEMPLATE] = model.chat_template.encode()
     return files
-
-
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What transformers must know beside the vocabulary; what came with it is kept as it was."""
-    files = tokenizer.files()
-    spelled = {i: piece for piece, i in tokenizer.specials().items()}
-    said = {}
-    for key, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        said[key] = spelled.get(i)
-    if "tokenizer.json" in files:
-        came_with = json.loads(files.get("tokenizer_config.json", b"{}"))
-        return {"tokenizer_class": "PreTrainedTokenizerFast"} | said | came_with
-    if "tokenizer.model" in files:
-        return {
-            "tokenizer_class": "LlamaTokenizer",
-            **said,
-            "unk_token": "<unk>",
-            "add_bos_token": tokenizer.add_bos,
-            "add_eos_token": False,
-            "add_prefix_space": tokenizer.prefix_space,
-            "legacy": tokenizer.prefix_after_special,
-        }
-    return {}
 
 
 def _as_json(content: dict[str, Any]) -> bytes:

@@ -297,7 +297,7 @@ def test_other_models_are_refused(changes, sentence):
 
 # ---- tokenizers and templates -------------------------------------------------------------------
 
-TEXTS = ["Hello world", "  two  spaces\n", "na\u00efve \U0001f600", "x = 12", "<|user|>hi"]
+TEXTS = ["Hello world", "  two  spaces\n", "na\u00efve \U0001f600", "x = 12", "<|user|>hi", "a<s>b"]
 
 
 def make_tokenizer(kind: str, folder):
@@ -334,18 +334,16 @@ def make_tokenizer(kind: str, folder):
 
 @pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.parametrize("case", ["gqa", "window"])  # the class of the model matters to it
 @pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece_prefix", "byte_level"])
-def test_auto_tokenizer_gives_our_ids_and_template(kind, tmp_path):
+def test_auto_tokenizer_gives_our_ids_and_template(kind, case, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokenizer = make_tokenizer(kind, tmp_path)
-    model = dataclasses.replace(random_model(), tokenizer=tokenizer, chat_template=TEMPLATE)
+    model = dataclasses.replace(random_model(case), tokenizer=tokenizer, chat_template=TEMPLATE)
     hf.write_hf(model, str(tmp_path / "out"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    texts = TEXTS
-    if kind == "sentencepiece_prefix":  # transformers adds no space to a text that begins with one
-        texts = [text for text in TEXTS if not text.startswith(" ")]
-    for text in texts:
+    for text in TEXTS:
         ids = tokenizer.encode_with_specials(text)
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
         assert theirs(text)["input_ids"] == [tokenizer.bos_id] * tokenizer.add_bos + ids
@@ -357,18 +355,22 @@ def test_auto_tokenizer_gives_our_ids_and_template(kind, tmp_path):
     assert generation.eos_token_id == tokenizer.eos_id
 
 
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "byte_level"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "sentencepiece_prefix", "byte_level"])
 def test_tokenizer_and_template_come_back(kind, tmp_path):
     tokenizer = make_tokenizer(kind, tmp_path)
     model = dataclasses.replace(random_model(), tokenizer=tokenizer, chat_template=TEMPLATE)
     hf.write_hf(model, str(tmp_path / "out"))
     foreign = hf.open_hf(str(tmp_path / "out"))
-    assert foreign.tokenizer().fingerprint == tokenizer.fingerprint
-    assert (foreign.tokenizer().bos_id, foreign.tokenizer().add_bos) == (
-        tokenizer.bos_id,
-        tokenizer.add_bos,
-    )
     assert foreign.chat_template == TEMPLATE
+    back = foreign.tokenizer()
+    for name in ("vocab_size", "bos_id", "eos_id", "add_bos", "prefix_space"):
+        assert getattr(back, name) == getattr(tokenizer, name), name
+    assert back.pieces == tokenizer.pieces and back.specials() == tokenizer.specials()
+    rng = np.random.default_rng(3)
+    drawn = ["".join(rng.choice(list("".join(TEXTS)), 40)) for _ in range(100)]
+    for text in [*TEXTS, *drawn, "", " "]:
+        assert back.encode(text) == tokenizer.encode(text), text
+        assert back.encode_with_specials(text) == tokenizer.encode_with_specials(text), text
 
 
 def test_templates_of_older_folders(tmp_path):
@@ -407,14 +409,14 @@ def test_only_folders_of_the_format_are_taken_for_it(tmp_path):
         ("no_key", "does not say for hidden_size"),
         ("o_bias", "o_proj.bias"),
         ("missing", "missing: model.norm.weight"),
-        ("left_over", "left over: model.layers.0.extra"),
+        ("left_over", "left over: extra.weight"),
         ("shape", r"model.norm.weight \(expected \[32\], got \[4\]\)"),
         ("missing_shard", "names 2 files of which 1 are missing, b.safetensors first"),
         ("index", 'index.json has no "weight_map"'),
     ],
 )
 def test_a_damaged_folder_gets_one_sentence(damage, sentence, tmp_path):
-    hf.write_hf(random_model("bias"), str(tmp_path))
+    hf.write_hf(random_model("bias_window_tied"), str(tmp_path))
     _damage(tmp_path, damage)
     assert hf.is_hf(str(tmp_path))
     with pytest.raises(ValueError, match=sentence) as error:
@@ -452,9 +454,7 @@ def _damage(folder, kind: str) -> None:
             if kind == "missing":
                 del tensors["model.norm.weight"]
             else:
-                name = {
-                    "o_bias": "model.layers.0.self_attn.o_proj.bias",
-                    "shape": "model.norm.weight",
-                }
-                tensors[name.get(kind, "model.layers.0.extra")] = np.zeros(4, np.float32)
+                o_bias, norm = "model.layers.0.self_attn.o_proj.bias", "model.norm.weight"
+                name = {"o_bias": o_bias, "shape": norm, "left_over": "extra.weight"}[kind]
+                tensors[name] = np.zeros(4, np.float32)
             save_file(tensors, weights)
