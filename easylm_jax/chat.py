@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
 
     if at_terminal:
         tell(
-            f"{options.model}, template {lm.template.name}, context of {lm.config.max_seq_len} "
+            f"{options.model}; template: {lm.template.name}; context: {lm.config.max_seq_len} "
             "tokens; /help shows the commands"
         )
     talk(chat, lambda: input(prompt), write, tell)

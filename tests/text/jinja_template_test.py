@@ -42,10 +42,10 @@ LLAMA3 = """
 {%- for message in messages %}
     {%- set ns.count = ns.count + 1 %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {%- if message['role'] == 'assistant' %}
-        {%- generation %}{{- message['content'] | trim + '<|eot_id|>' }}{%- endgeneration %}
-    {%- else %}
-        {{- message['content'] | trim + '<|eot_id|>' }}
+    {% if message['role'] == 'assistant' %}
+{% generation %}{{- message['content'] | trim + '<|eot_id|>' }}{%- endgeneration %}
+    {% else %}
+{{ message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
