@@ -271,7 +271,7 @@ def _type_of(name: str, shape: tuple[int, ...], config: LlamaConfig, dtype: str)
 def _encode(x: np.ndarray, type: Type, name: str) -> np.ndarray:
     x = np.ascontiguousarray(x)
     if type == Type.F32:
-        return x.astype(np.float32)
+        return x.astype(np.float32, copy=False)
     if type == Type.BF16:
         return x.astype(ml_dtypes.bfloat16)
     if type == Type.F16:
@@ -280,7 +280,9 @@ def _encode(x: np.ndarray, type: Type, name: str) -> np.ndarray:
         return x.astype(np.float16)
     block, size = gguf.GGML_QUANT_SIZES[type]
     shape = (*x.shape[:-1], x.shape[-1] // block * size)
-    return _by_rows(lambda rows: gguf.quantize(rows.astype(np.float32), type), x, shape, np.uint8)
+    return _by_rows(
+        lambda rows: gguf.quantize(rows.astype(np.float32, copy=False), type), x, shape, np.uint8
+    )
 
 
 def _metadata(model: Model, architecture: str, dtype: str) -> dict[str, Any]:
