@@ -100,6 +100,8 @@ def assert_llama_cpp_agrees(metadata: dict, path, *, round_trip: bool = True) ->
 @pytest.mark.parametrize("pre", PRES)
 def test_byte_level_ids_are_llama_cpps(pre, tmp_path):
     metadata = tokenizer_to_metadata(byte_level(), vocab_size=512) | {"tokenizer.ggml.pre": pre}
+    # Pieces that no merge makes: under some rules a whole word is found all the same.
+    metadata["tokenizer.ggml.merges"] = metadata["tokenizer.ggml.merges"][::2]
     assert_llama_cpp_agrees(metadata, tmp_path / "v.gguf")
 
 
