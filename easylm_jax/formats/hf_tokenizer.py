@@ -1,8 +1,9 @@
 """What transformers needs of a tokenizer: `tokenizer_config.json`, and SentencePiece made JSON.
 
-transformers 5 loads a lone `tokenizer.model` without its leading space under some families, so LLaMA's kind is also written as the `tokenizer.json` that gives the
-same ids. (To a model of type qwen2 transformers 5 gives Qwen2's way of splitting text whatever the
-files say: another tokenizer has other ids there.) Called by `hf.py`.
+transformers 5 loads a lone `tokenizer.model` without its leading space under some families, so
+LLaMA's kind is also written as the `tokenizer.json` that gives the same ids. (To a model of type
+qwen2 transformers 5 gives Qwen2's way of splitting text whatever the files say: another tokenizer
+has other ids there.) Called by `hf.py`.
 """
 
 import json
@@ -44,6 +45,7 @@ def _as_tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     changes_text = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
     if trainer.model_type != trainer.BPE or changes_text:
         return None
+    unknown = proto.pieces[trainer.unk_id].piece
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
     merges = []  # every way to make a piece of two, the best score first
@@ -55,7 +57,7 @@ def _as_tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
         models.BPE(
             vocab,
             [(left, right) for *_, left, right in sorted(merges)],
-            unk_token=proto.pieces[trainer.unk_id].piece,
+            unk_token=unknown,
             fuse_unk=True,
             byte_fallback=trainer.byte_fallback,
         )
@@ -64,7 +66,7 @@ def _as_tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     model.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
     to_text = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     model.decoder = decoders.Sequence([*to_text, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
-    specials = tokenizer.specials()
+    specials = {unknown: trainer.unk_id} | tokenizer.specials()
     model.add_special_tokens(sorted(specials, key=specials.get))
     others = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED and p.piece not in specials]
     model.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in others])
