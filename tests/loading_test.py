@@ -223,7 +223,7 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path):
 # The language model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_load_gives_the_logits_of_the_model(dtype, tmp_path):
     model = random_model(tokenizer=ByteTokenizer(), chat_template=TEMPLATE)
     write_native(model, str(tmp_path / "run"))
