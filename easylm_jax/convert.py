@@ -6,10 +6,10 @@ for a weight diff).
 
 The parameters pass through host memory once, tensor by tensor: at the peak there are the parameters
 and one foreign tensor, and as much as the parameters again while Orbax reads or writes a native
-folder. SmolLM2-135M, 538 MB in float32, the largest tensor 113 MB, beside 211 MB of program: 0.88 GB
-from hf to meta or GGUF, 1.4 to 1.5 GB with native on either side. Parameters keep the type that the
-file has, bfloat16 stays bfloat16 bit for bit; `--dtype` changes it. A file that mixes half precision
-and float32 (GGUF's norms) becomes float32.
+folder. SmolLM2-135M, 538 MB in float32, largest tensor 113 MB, beside 211 MB of program: 0.88 GB
+from hf to meta, 1.4 to 1.5 GB with native on either side. Parameters keep the type that the file
+has, bfloat16 stays bfloat16 bit for bit; `--dtype` changes it. A file that mixes half precision and
+float32 (GGUF's norms) becomes float32.
 
 Everything is written in a folder `PATH.partial` beside the target and renamed when it is whole. A
 failure removes that folder; killed by -9, it stays, and the next conversion to PATH clears it.
