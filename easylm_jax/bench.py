@@ -1,9 +1,10 @@
-"""Time whole training steps on a fixed piece of work and print one line of JSON.
+"""Time training steps, or reading and writing with a model, on a fixed piece of work.
 
     python -m easylm_jax.bench --work=small --dtype=float32 --json
+    python -m easylm_jax.bench --work=decode --model=PATH --batch=8 --json
 
-The work is that of the peers measured in README.md: random tokens, AdamW, gradient clipping, every
-position a target. It is a measurement, never a test.
+Training is that of the peers measured in README.md: random tokens, AdamW, gradient clipping, every
+position a target. Decoding is in `bench_decode.py`. It is a measurement, never a test.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 import jax
 import numpy as np
 
+from easylm_jax import bench_decode
 from easylm_jax.batch import Batch
 from easylm_jax.mesh import make_mesh
 from easylm_jax.metrics import flops_per_token
@@ -38,23 +40,53 @@ def main() -> None:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--work", choices=WORK, default="small", help="model and batch")
+    works = [*WORK, "decode"]
+    parser.add_argument("--work", choices=works, default="small", help="training, or `decode`")
+    parser.add_argument("--model", help="decode: path of a model, of any format")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--remat", default="none", help="policy of models/remat.py")
     parser.add_argument("--mesh", default="1,-1,1,1", help="replica,fsdp,sequence,tensor")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--batch", type=int, help="rows per step, instead of the work's own")
+    parser.add_argument("--batch", type=int, help="rows, instead of the work's own; decode: 1")
+    parser.add_argument("--prompt", type=int, default=512, help="decode: tokens to read, per row")
+    parser.add_argument("--new", type=int, default=128, help="decode: tokens to write, per row")
+    parser.add_argument("--every", type=int, default=8, help="decode: tokens per dispatch")
     parser.add_argument(
         "--micro_batches", type=int, default=1, help="parts whose gradients a step adds up"
     )
     parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
-    options = vars(parser.parse_args())
-    as_json = options.pop("json")
-    result = run(**options)
-    if as_json:
+    options = parser.parse_args()
+    result = _decode(options) if options.work == "decode" else _train(options)
+    result |= {
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "device": jax.devices()[0].device_kind,
+        "load1": round(os.getloadavg()[0], 1),
+        "jax": jax.__version__,
+    }
+    if options.json:
         print(json.dumps(result))
     else:
         print("\n".join(f"{name:20s} {value}" for name, value in result.items()))
+
+
+def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
+    if not options.model:
+        raise SystemExit("error: --work=decode needs --model=PATH")
+    return bench_decode.run(
+        model=options.model,
+        dtype=options.dtype,
+        mesh=options.mesh,
+        rows=options.batch or 1,
+        prompt_tokens=options.prompt,
+        new_tokens=options.new,
+        every=options.every,
+        steps=options.steps,
+    )
+
+
+def _train(options: argparse.Namespace) -> dict[str, str | int | float]:
+    names = ("work", "dtype", "remat", "mesh", "steps", "batch", "micro_batches")
+    return run(**{name: getattr(options, name) for name in names})
 
 
 def run(
@@ -131,13 +163,9 @@ def run(
         "step_ms_min": round(min(wall[1:]) * 1e3, 1),
         "cpu_s_step": round(statistics.median(cpu[1:]), 2),
         "causal_gflops_per_s": round(flops["causal"] * rows * seq_len / step_s / 1e9, 1),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "compile_s": round(compile_s, 1),
         "loss_first": round(losses[0], 4),
         "loss_last": round(losses[-1], 4),
-        "device": jax.devices()[0].device_kind,
-        "load1": round(os.getloadavg()[0], 1),
-        "jax": jax.__version__,
     }
 
 

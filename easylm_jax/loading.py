@@ -32,7 +32,7 @@ from easylm_jax.config import from_config_dict
 from easylm_jax.formats.foreign import Foreign, abstract_params, import_params
 from easylm_jax.language_model import LanguageModel
 from easylm_jax.mesh import make_mesh
-from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig
+from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig, unstack_layers
 from easylm_jax.models.presets import preset
 from easylm_jax.preflight import check_same_model, check_vocabulary
 from easylm_jax.sharding import tree_shardings
@@ -64,6 +64,7 @@ class Opened:
     tokenizer: Callable[[], Tokenizer] | None
     chat_template: str | None
     template: str | None = None
+    is_stacked: bool = False  # `target` must have its layers stacked
 
 
 def load(
@@ -90,9 +91,13 @@ def load(
     text = opened.tokenizer() if opened.tokenizer else None
     if text:
         check_vocabulary(text, config.vocab_size)
+    # For decoding every layer has arrays of its own; foreign files are read so in the first place.
+    params = opened.read(
+        target_params(dataclasses.replace(config, scan_layers=opened.is_stacked), mesh)
+    )
     return LanguageModel(
         config=config,
-        params=opened.read(target_params(config, mesh)),
+        params=unstack_layers(params) if opened.is_stacked else params,
         tokenizer=text,
         template=_find_template(opened, template, text),
         mesh=mesh,
@@ -228,6 +233,7 @@ def open_native(path: str, checkpoints: str) -> Opened:
         tokenizer=functools.partial(load_tokenizer, str(tokenizer)) if tokenizer.exists() else None,
         chat_template=_chat_template_in(tokenizer),
         template=saved.get("template"),
+        is_stacked=True,
     )
 
 
