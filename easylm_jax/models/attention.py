@@ -27,6 +27,7 @@ from easylm_jax.models.blockwise import blockwise
 from easylm_jax.models.remat import tag
 
 IMPLEMENTATIONS = ("reference", "blockwise")
+MAX_SINGLE_HEADS = 8  # more would make the program of a step too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +108,20 @@ def _one_query(
     B, _, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKGH = q_BTNH.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    scores_BKGS = dot_f32(q_BKGH, k_BKSH, (3,), (3,), batch=(0, 1))
-    mask = visible(q_seg, k_seg, q_pos, k_pos, window)[:, None]  # [B, 1, 1, S]
-    probs = jax.nn.softmax(jnp.where(mask, scores_BKGS, MASKED)) * mask
-    out_BKGH = dot_f32(probs.astype(v_BKSH.dtype), v_BKSH, (3,), (2,), batch=(0, 1))
+    mask_BKGS = visible(q_seg, k_seg, q_pos, k_pos, window)[:, None]  # K and G are 1 here
+
+    def attend(q_BKGH, k_BKHS, v_BKSH):
+        scores = dot_f32(q_BKGH, k_BKHS, (3,), (2,), batch=(0, 1))
+        probs = jax.nn.softmax(jnp.where(mask_BKGS, scores, MASKED)) * mask_BKGS
+        return dot_f32(probs.astype(v_BKSH.dtype), v_BKSH, (3,), (2,), batch=(0, 1))
+
+    arrays = (q_BKGH, k_BSKH.transpose(0, 2, 3, 1), v_BSKH.swapaxes(1, 2))  # as the cache has them
+    if B == 1 and K <= MAX_SINGLE_HEADS:
+        # For a lone row XLA on CPU would copy the whole cache four times; a head at a time, never.
+        heads = [attend(*(x[:, i : i + 1] for x in arrays)) for i in range(K)]
+        out_BKGH = jnp.concatenate(heads, axis=1)
+    else:
+        out_BKGH = attend(*arrays)
     return out_BKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 

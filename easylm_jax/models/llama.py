@@ -120,25 +120,38 @@ PARAM_RULES = (
 class KVCache:
     """Keys and values of the S slots filled so far, for generating token by token.
 
-    New entries go to slots [index, index + T) in every row. A slot with segment id 0 is seen by
-    nobody, so prompts of different lengths share one cache by being padded.
+    New entries go to slots [index, index + T) in every row; None says that all slots are empty. A
+    slot with segment id 0 is seen by nobody, so prompts of different lengths share one cache by
+    being padded. Keys and values lie as the products of a new query read them.
     """
 
-    layers: Any  # (keys, values) [L, B, K, S, H]; where layers are not scanned, L pairs without L
+    layers: Any  # (keys [L, B, K, H, S], values [L, B, K, S, H]); not scanned: L pairs without L
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
-    index: Int[Array, ""]
+    index: Int[Array, ""] | None
+
+    def with_ids(self, segment_ids: Tokens, positions: Tokens) -> "KVCache":
+        """The cache with T more slots in use, whose keys and values are still to be written."""
+        start = jnp.int32(0) if self.index is None else self.index
+        update = jax.lax.dynamic_update_slice_in_dim
+        return self.replace(
+            segment_ids=update(self.segment_ids, segment_ids, start, 1),
+            positions=update(self.positions, positions, start, 1),
+            index=start + segment_ids.shape[1],
+        )
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int) -> KVCache:
     """An empty cache of `length` slots for `batch` rows, in the compute type."""
-    shape, L = (batch, config.num_kv_heads, length, config.head_dim), config.num_layers
-    if config.scan_layers:
-        layers = (jnp.zeros((L, *shape), config.dtype),) * 2
-    else:
-        layers = tuple((jnp.zeros(shape, config.dtype),) * 2 for _ in range(L))
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+
+    def pair(*lead: int) -> tuple[Array, Array]:
+        shapes = (*lead, batch, K, H, length), (*lead, batch, K, length, H)
+        return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
+
+    layers = pair(L) if config.scan_layers else tuple(pair() for _ in range(L))
     ids = jnp.zeros((batch, length), jnp.int32)
-    return KVCache(layers, segment_ids=ids, positions=ids, index=jnp.zeros((), jnp.int32))
+    return KVCache(layers, segment_ids=ids, positions=ids, index=None)
 
 
 # ---- mathematics ------------------------------------------------------------------------------
@@ -252,13 +265,16 @@ class Attention(nn.Module):
         k_BSKH = apply_rope(projected["k"], *context.rope)
         v_BSKH = projected["v"]
         if cache is not None:
-            cache = tuple(  # B, K, S, H: then one new query reads its keys in the order they lie
-                jax.lax.dynamic_update_slice_in_dim(
-                    old, new.swapaxes(1, 2).astype(old.dtype), context.index, 2
-                )
-                for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True)
+            k_BKHS, v_BKSH = cache
+            start = 0 if context.index is None else context.index
+            update = jax.lax.dynamic_update_slice_in_dim
+            new_k, new_v = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.swapaxes(1, 2)
+            cache = (
+                update(k_BKHS, new_k.astype(k_BKHS.dtype), start, 3),
+                update(v_BKSH, new_v.astype(v_BKSH.dtype), start, 2),
             )
-            k_BSKH, v_BSKH = (x.swapaxes(1, 2) for x in cache)
+            if context.index is not None:
+                k_BSKH, v_BSKH = cache[0].transpose(0, 3, 1, 2), cache[1].swapaxes(1, 2)
         out_BTNH = attention(
             q_BTNH,
             k_BSKH,
@@ -297,7 +313,7 @@ class Context:
     positions: Tokens
     k_segment_ids: Int[Array, "B S"]
     k_positions: Int[Array, "B S"]
-    index: Int[Array, ""] | None  # first cache slot to write
+    index: Int[Array, ""] | None  # first cache slot to write; None: no cache, or an empty one
 
 
 class Block(nn.Module):
@@ -354,9 +370,9 @@ class Llama(nn.Module):
             k_segment_ids = forget_keys(segment_ids, positions, cfg, keys[1])
         if cache is not None:
             index = cache.index
-            update = jax.lax.dynamic_update_slice_in_dim
-            k_segment_ids = update(cache.segment_ids, segment_ids, index, 1)
-            k_positions = update(cache.positions, positions, index, 1)
+            cache = cache.with_ids(segment_ids, positions)
+            if index is not None:
+                k_segment_ids, k_positions = cache.segment_ids, cache.positions
         context = Context(
             rope=rope_angles(positions, cfg),
             segment_ids=segment_ids,
@@ -367,7 +383,7 @@ class Llama(nn.Module):
         )
         x_BTD, layer_cache = self._layers(x_BTD, context, cache, keys[2])
         if cache is not None:
-            cache = KVCache(layer_cache, k_segment_ids, k_positions, index + tokens.shape[1])
+            cache = cache.replace(layers=layer_cache)
 
         if self.is_initializing() and not cfg.tie_embeddings:
             _linear(cfg, cfg.vocab_size, "lm_head")(x_BTD)  # made here, applied by the loss
