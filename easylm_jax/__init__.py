@@ -1,8 +1,8 @@
 """easylm_jax: pretrain, fine-tune and study LLaMA-style language models in JAX.
 
-    import easylm_jax as el
-    lm = el.load("PATH")
-    lm.generate(["Once upon a time"], max_new_tokens=64)
+import easylm_jax as el
+lm = el.load("PATH")
+lm.generate(["Once upon a time"], max_new_tokens=64)
 """
 
 from typing import Any

@@ -3,34 +3,18 @@
     python -m easylm_jax.bench --work=small --dtype=float32 --json
     python -m easylm_jax.bench --work=decode --model=PATH --batch=8 --json
 
-Training is that of the peers measured in README.md: random tokens, AdamW, gradient clipping, every
-position a target. Decoding is in `bench_decode.py`. It is a measurement, never a test.
+The work itself is in `bench_train.py` and `bench_decode.py`, of which only one is imported, so that
+the peak of memory is that of the work. A measurement, never a test.
 """
 
 import argparse
-import functools
 import json
 import os
 import resource
-import statistics
-import time
 
 import jax
-import numpy as np
 
-from easylm_jax import bench_decode
-from easylm_jax.batch import Batch
-from easylm_jax.mesh import make_mesh
-from easylm_jax.metrics import flops_per_token
-from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward, num_params
-from easylm_jax.models.presets import preset
-from easylm_jax.objectives import cross_entropy
-from easylm_jax.optim import OptimConfig, make_optimizer
-from easylm_jax.step import GuardConfig, train_step
-from easylm_jax.train_state import abstract_state, init_state
-
-# name: (preset, rows, tokens per row)
-WORK = {"small": ("small", 8, 1024), "long": ("small", 1, 4096), "1b": ("1b", 8, 4096)}
+WORKS = ("small", "long", "1b", "decode")
 
 
 def main() -> None:
@@ -40,8 +24,7 @@ def main() -> None:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    works = [*WORK, "decode"]
-    parser.add_argument("--work", choices=works, default="small", help="training, or `decode`")
+    parser.add_argument("--work", choices=WORKS, default="small", help="training, or `decode`")
     parser.add_argument("--model", help="decode: path of a model, of any format")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--remat", default="none", help="policy of models/remat.py")
@@ -70,6 +53,8 @@ def main() -> None:
 
 
 def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
+    from easylm_jax import bench_decode
+
     if not options.model:
         raise SystemExit("error: --work=decode needs --model=PATH")
     return bench_decode.run(
@@ -85,88 +70,10 @@ def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
 
 
 def _train(options: argparse.Namespace) -> dict[str, str | int | float]:
+    from easylm_jax import bench_train
+
     names = ("work", "dtype", "remat", "mesh", "steps", "batch", "micro_batches")
-    return run(**{name: getattr(options, name) for name in names})
-
-
-def run(
-    *,
-    work: str,
-    dtype: str,
-    remat: str,
-    mesh: str,
-    steps: int,
-    batch: int | None,
-    micro_batches: int,
-) -> dict[str, str | int | float]:
-    """Median of `steps` timed steps, after the compiling one and one to warm up."""
-    name, default_rows, seq_len = WORK[work]
-    rows = batch or default_rows
-    config = preset(name, dtype=dtype, remat=remat)
-    optimizer = make_optimizer(OptimConfig(), lambda step: 3e-4)
-    make = functools.partial(init_state, functools.partial(init_params, config), optimizer, 0)
-    device_mesh = make_mesh(mesh)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (rows, seq_len + 1), dtype=np.int32)
-    ones = np.ones((rows, seq_len), np.int32)
-    positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), (rows, seq_len))
-    data = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
-
-    with jax.set_mesh(device_mesh):
-        shardings = jax.tree.map(
-            lambda x: x.sharding, abstract_state(make, device_mesh, PARAM_RULES)
-        )
-        step = jax.jit(
-            functools.partial(
-                train_step,
-                objective=cross_entropy(make_forward(config)),
-                optimizer=optimizer,
-                num_micro_batches=micro_batches,
-                guard=GuardConfig(),
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        state = jax.jit(make, out_shardings=shardings)()
-        started = time.perf_counter()
-        compiled = step.lower(state, data).compile()
-        compile_s = time.perf_counter() - started
-        wall, cpu, losses = [], [], []
-        for _ in range(steps + 1):
-            before, cpu_before = time.perf_counter(), time.process_time()
-            state, metrics = compiled(state, data)
-            losses.append(float(metrics["loss"]))
-            wall.append(time.perf_counter() - before)
-            cpu.append(time.process_time() - cpu_before)
-    step_s = statistics.median(wall[1:])
-    flops = flops_per_token(
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        d_model=config.d_model,
-        d_ff=config.d_ff,
-        vocab_size=config.vocab_size,
-        seq_len=seq_len,
-    )
-    return {
-        "work": work,
-        "dtype": dtype,
-        "remat": remat,
-        "mesh": mesh,
-        "batch": rows,
-        "micro_batches": micro_batches,
-        "seq_len": seq_len,
-        "params": num_params(config),
-        "tokens_per_s": round(rows * seq_len / step_s, 1),
-        "step_ms_median": round(step_s * 1e3, 1),
-        "step_ms_min": round(min(wall[1:]) * 1e3, 1),
-        "cpu_s_step": round(statistics.median(cpu[1:]), 2),
-        "causal_gflops_per_s": round(flops["causal"] * rows * seq_len / step_s / 1e9, 1),
-        "compile_s": round(compile_s, 1),
-        "loss_first": round(losses[0], 4),
-        "loss_last": round(losses[-1], 4),
-    }
+    return bench_train.run(**{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":
