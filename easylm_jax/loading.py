@@ -27,7 +27,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from easylm_jax.array_types import Params
-from easylm_jax.checkpoint import COMMIT, restore_params
 from easylm_jax.config import from_config_dict
 from easylm_jax.formats.foreign import Foreign, abstract_params, import_params
 from easylm_jax.language_model import LanguageModel
@@ -41,6 +40,7 @@ from easylm_jax.text.template import ChatTemplate, find_template
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from easylm_jax.workdir import read_config
 
+COMMIT = "commit.json"  # as in checkpoint.py, which brings 40 MB of Orbax that few models need
 CHAT_TEMPLATE = "chat_template.jinja"  # in tokenizer/, where transformers has it too
 SOUGHT_IN_FOLDER = (
     "checkpoints/ (a run of ours), config.json with weights (Hugging Face) or params.json with "
@@ -229,12 +229,18 @@ def open_native(path: str, checkpoints: str) -> Opened:
     return Opened(
         path=path,
         config=from_config_dict(LlamaConfig, saved["model"], f"{folder}/config.json: model"),
-        read=functools.partial(restore_params, checkpoints),
+        read=functools.partial(_restore, checkpoints),
         tokenizer=functools.partial(load_tokenizer, str(tokenizer)) if tokenizer.exists() else None,
         chat_template=_chat_template_in(tokenizer),
         template=saved.get("template"),
         is_stacked=True,
     )
+
+
+def _restore(checkpoints: str, target: Params) -> Params:
+    from easylm_jax.checkpoint import restore_params
+
+    return restore_params(checkpoints, target)
 
 
 def params_for_training(path: str, abstract_params: Params, config: LlamaConfig) -> Params:
@@ -244,7 +250,7 @@ def params_for_training(path: str, abstract_params: Params, config: LlamaConfig)
     other settings, such as another rope_theta: only names and shapes must agree.
     """
     if checkpoints := find_checkpoints(path):
-        return restore_params(checkpoints, abstract_params)
+        return _restore(checkpoints, abstract_params)
     foreign = _open(path, config=config)
     check_same_model(foreign.config, config, path)
     return import_params(foreign, abstract_params)

@@ -48,9 +48,15 @@ def transformers(path: str, batch: int) -> dict[str, float]:
 
 
 def llama_cpp(path: str, batch: int) -> dict[str, float]:
+    import llama_cpp
     from llama_cpp import Llama
 
     assert batch == 1
+    # Version 0.3.36 crashes on quantised files where the CPU has AMX; this leaves AMX unused.
+    defaults = llama_cpp.llama_model_default_params()
+    defaults.use_extra_bufts = False
+    llama_cpp.llama_model_default_params = lambda: defaults
+    llama_cpp.llama_cpp.llama_model_default_params = lambda: defaults
     llama = Llama(
         path, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=2, n_threads_batch=2, verbose=False
     )

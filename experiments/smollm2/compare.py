@@ -8,6 +8,7 @@ The texts are the held-out documents of runs/smollm2_data. Nothing of easylm_jax
 
 import sys
 
+import llama_cpp
 import numpy as np
 import tensorflow_datasets as tfds
 from llama_cpp import Llama
@@ -40,6 +41,10 @@ def heldout_text(source: str) -> str:
 
 
 def main(paths: list[str]) -> None:
+    # llama-cpp-python 0.3.36 crashes on quantised files where the CPU has AMX: leave it unused.
+    defaults = llama_cpp.llama_model_default_params()
+    defaults.use_extra_bufts = False
+    llama_cpp.llama_cpp.llama_model_default_params = lambda: defaults
     for path in paths:
         llama = Llama(path, n_ctx=512, n_batch=WINDOW, logits_all=True, verbose=False, seed=0)
         print(f"== {path}")
