@@ -31,7 +31,8 @@ from easylm_jax.config import from_config_dict
 from easylm_jax.formats.foreign import Foreign, abstract_params, import_params
 from easylm_jax.language_model import LanguageModel
 from easylm_jax.mesh import make_mesh
-from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig, unstack_layers
+from easylm_jax.models.decoding import unstack_layers
+from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig
 from easylm_jax.models.presets import preset
 from easylm_jax.preflight import check_same_model, check_vocabulary
 from easylm_jax.sharding import tree_shardings

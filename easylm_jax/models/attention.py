@@ -20,14 +20,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from easylm_jax.array_types import Keys, PRNGKey, Queries
-from easylm_jax.dots import dot_f32
 from easylm_jax.mesh import BATCH_AXES
 from easylm_jax.models.attention_mask import MASKED, visible
 from easylm_jax.models.blockwise import blockwise
+from easylm_jax.models.decoding import attend_one_query
 from easylm_jax.models.remat import tag
 
 IMPLEMENTATIONS = ("reference", "blockwise")
-MAX_SINGLE_HEADS = 8  # more would make the program of a step too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def attention(
     options = dict(window=config.sliding_window, dropout=config.dropout)
     run = functools.partial(_reference, **options)
     if q_BTNH.shape[1] == 1:
-        run = functools.partial(_one_query, **options)
+        run = functools.partial(attend_one_query, window=config.sliding_window)
     elif config.implementation == "blockwise":
         blocks = dict(block_q=config.block_q, block_k=config.block_k)
         run = functools.partial(blockwise, cached=cache_index is not None, **blocks, **options)
@@ -98,31 +97,6 @@ def attention(
         out_specs=q_spec,
         check_vma=False,
     )(q_BTNH, k_BSKH, v_BSKH, *ids, start, dropout_key)
-
-
-def _one_query(
-    q_BTNH, k_BSKH, v_BSKH, q_seg, k_seg, q_pos, k_pos, first_row, key, *, window, dropout
-):
-    """One query a row, T = 1, which decoding asks for: products over keys in the cache's order."""
-    del first_row, key, dropout
-    B, _, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BKGH = q_BTNH.reshape(B, K, N // K, H) * jnp.asarray(H**-0.5, q_BTNH.dtype)
-    mask_BKGS = visible(q_seg, k_seg, q_pos, k_pos, window)[:, None]  # K and G are 1 here
-
-    def attend(q_BKGH, k_BKHS, v_BKSH):
-        scores = dot_f32(q_BKGH, k_BKHS, (3,), (2,), batch=(0, 1))
-        probs = jax.nn.softmax(jnp.where(mask_BKGS, scores, MASKED)) * mask_BKGS
-        return dot_f32(probs.astype(v_BKSH.dtype), v_BKSH, (3,), (2,), batch=(0, 1))
-
-    arrays = (q_BKGH, k_BSKH.transpose(0, 2, 3, 1), v_BSKH.swapaxes(1, 2))  # as the cache has them
-    if B == 1 and K <= MAX_SINGLE_HEADS:
-        # For a lone row XLA on CPU would copy the whole cache four times; a head at a time, never.
-        heads = [attend(*(x[:, i : i + 1] for x in arrays)) for i in range(K)]
-        out_BKGH = jnp.concatenate(heads, axis=1)
-    else:
-        out_BKGH = attend(*arrays)
-    return out_BKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype)
 
 
 def _reference(

@@ -10,21 +10,20 @@ arrays; the Linen modules own the parameters, their names and nothing else.
 
 The model stops at the hidden states, because a loss should not have to hold full logits. Layers are
 scanned: every parameter under "layers" has a leading dimension L, however the scan is unrolled.
-For decoding `unstack_layers` and `scan_layers=False` give each layer arrays of its own.
+What only generating needs, the cache and layers that are not stacked, is in decoding.py.
 This file knows no text, no loss and no optimiser.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
@@ -33,10 +32,10 @@ from easylm_jax.array_types import Hidden, Logits, Params, PRNGKey, Tokens
 from easylm_jax.batch import Batch
 from easylm_jax.mesh import BATCH_AXES
 from easylm_jax.models.attention import AttentionConfig, attention
+from easylm_jax.models.decoding import KVCache, read_cache, write_cache
 from easylm_jax.models.linear import Linear, dot
 from easylm_jax.models.remat import jax_policy, parse_policy, tag
 from easylm_jax.sharding import constrain
-from easylm_jax.tree import named_leaves
 
 FloatName = Literal["float32", "bfloat16", "float16"]
 
@@ -114,44 +113,6 @@ PARAM_RULES = (
     *((rf"layers\b.*{name}", P(None, *spec)) for name, spec in _LAYER_RULES),
     *((rf"layers_\d+.*{name}", spec) for name, spec in _LAYER_RULES),
 )
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the S slots filled so far, for generating token by token.
-
-    New entries go to slots [index, index + T) in every row; None says that all slots are empty. A
-    slot with segment id 0 is seen by nobody, so prompts of different lengths share one cache by
-    being padded. Keys and values lie as the products of a new query read them.
-    """
-
-    layers: Any  # (keys [L, B, K, H, S], values [L, B, K, S, H]); not scanned: L pairs without L
-    segment_ids: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
-    index: Int[Array, ""] | None
-
-    def with_ids(self, segment_ids: Tokens, positions: Tokens) -> "KVCache":
-        """The cache with T more slots in use, whose keys and values are still to be written."""
-        start = jnp.int32(0) if self.index is None else self.index
-        update = jax.lax.dynamic_update_slice_in_dim
-        return self.replace(
-            segment_ids=update(self.segment_ids, segment_ids, start, 1),
-            positions=update(self.positions, positions, start, 1),
-            index=start + segment_ids.shape[1],
-        )
-
-
-def init_cache(config: LlamaConfig, batch: int, length: int) -> KVCache:
-    """An empty cache of `length` slots for `batch` rows, in the compute type."""
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-
-    def pair(*lead: int) -> tuple[Array, Array]:
-        shapes = (*lead, batch, K, H, length), (*lead, batch, K, length, H)
-        return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
-
-    layers = pair(L) if config.scan_layers else tuple(pair() for _ in range(L))
-    ids = jnp.zeros((batch, length), jnp.int32)
-    return KVCache(layers, segment_ids=ids, positions=ids, index=None)
 
 
 # ---- mathematics ------------------------------------------------------------------------------
@@ -265,16 +226,9 @@ class Attention(nn.Module):
         k_BSKH = apply_rope(projected["k"], *context.rope)
         v_BSKH = projected["v"]
         if cache is not None:
-            k_BKHS, v_BKSH = cache
-            start = 0 if context.index is None else context.index
-            update = jax.lax.dynamic_update_slice_in_dim
-            new_k, new_v = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.swapaxes(1, 2)
-            cache = (
-                update(k_BKHS, new_k.astype(k_BKHS.dtype), start, 3),
-                update(v_BKSH, new_v.astype(v_BKSH.dtype), start, 2),
-            )
+            cache = write_cache(cache, k_BSKH, v_BSKH, context.index)
             if context.index is not None:
-                k_BSKH, v_BSKH = cache[0].transpose(0, 3, 1, 2), cache[1].swapaxes(1, 2)
+                k_BSKH, v_BSKH = read_cache(cache)
         out_BTNH = attention(
             q_BTNH,
             k_BSKH,
@@ -421,21 +375,6 @@ class Llama(nn.Module):
         return scanned(cfg, name="layers")(x_BTD, context, layer_cache, rates, keys)
 
 
-def unstack_layers(params: Params) -> Params:
-    """The parameters for `scan_layers=False`. Frees `params`, whose stacked arrays it consumes.
-
-    One stacked array at a time is cut into its L layers, so that memory holds one of them twice.
-    """
-    cut = jax.jit(lambda x: tuple(x[i] for i in range(x.shape[0])))
-    layers = [{} for _ in range(jax.tree.leaves(params["layers"])[0].shape[0])]
-    for name, stacked in named_leaves(params["layers"]).items():
-        for layer, own in zip(layers, jax.block_until_ready(cut(stacked)), strict=True):
-            layer[name] = own
-        stacked.delete()
-    rest = {name: value for name, value in params.items() if name != "layers"}
-    return rest | {f"layers_{i}": unflatten_dict(x, sep="/") for i, x in enumerate(layers)}
-
-
 def output_kernel(params: Params) -> Float[Array, "D V"]:
     """The output head; with tied embeddings the transposed embedding."""
     if "lm_head" in params:
@@ -446,6 +385,19 @@ def output_kernel(params: Params) -> Float[Array, "D V"]:
 def output_logits(params: Params, hidden_BTD: Hidden) -> Logits:
     """Logits in float32, all of them. For sampling and tests; losses work in chunks."""
     return dot(hidden_BTD, output_kernel(params)).astype(jnp.float32)
+
+
+def init_cache(config: LlamaConfig, batch: int, length: int) -> KVCache:
+    """An empty cache of `length` slots for `batch` rows, in the compute type."""
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+
+    def pair(*lead: int) -> tuple[Array, Array]:
+        shapes = (*lead, batch, K, H, length), (*lead, batch, K, length, H)
+        return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
+
+    layers = pair(L) if config.scan_layers else tuple(pair() for _ in range(L))
+    ids = jnp.zeros((batch, length), jnp.int32)
+    return KVCache(layers, segment_ids=ids, positions=ids, index=None)
 
 
 def init_params(config: LlamaConfig, key: PRNGKey) -> Params:
