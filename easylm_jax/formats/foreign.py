@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.experimental import multihost_utils
 
 from easylm_jax.array_types import Params
 from easylm_jax.formats.names import Entry, Table, to_foreign, to_ours
@@ -59,7 +60,7 @@ def abstract_params(config: LlamaConfig) -> Params:
 
 def foreign_shapes(table: Table, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Foreign name -> shape of every tensor that a model of this configuration has."""
-    leaves = named_leaves(abstract_params(config))
+    leaves = named_leaves(abstract_params(dataclasses.replace(config, scan_layers=True)))
     shapes = {}
     for entry in table:
         if entry.ours in leaves:
@@ -165,22 +166,31 @@ def _aligned_empty(shape: list[int], dtype: Any) -> np.ndarray:
 def foreign_tensors(model: Model, table: Table) -> Iterator[tuple[str, np.ndarray]]:
     """Foreign name and array of every tensor of the model, one at a time, in the table's order.
 
-    Each is gathered from its shards, and every process must take part.
+    Layers may be stacked or not. Each tensor is gathered from its shards, and every process must
+    take part. Raises ValueError for a parameter that has no name in the table.
     """
     leaves = named_leaves(model.params)
+    held = {re.sub(r"^layers_\d+/", "layers/", path) for path in leaves}
+    if nameless := sorted(held - {entry.ours for entry in table}):
+        raise ValueError(
+            f"the format has no tensor for the parameters {_listed(nameless)}: convert to another"
+        )
     for entry in table:
-        if entry.ours not in leaves:
+        if entry.ours not in held:
             continue
-        leaf = leaves[entry.ours]
-        if "{layer}" in entry.foreign:
-            for layer in range(leaf.shape[0]):
-                x = to_foreign(entry, _to_host(leaf[layer]), model.config)
-                yield entry.foreign.format(layer=layer), x
-        else:
-            yield entry.foreign, to_foreign(entry, _to_host(leaf), model.config)
+        for layer in range(model.config.num_layers if "{layer}" in entry.foreign else 1):
+            x = _to_host(_leaf_of_layer(leaves, entry, layer))
+            yield entry.foreign.format(layer=layer), to_foreign(entry, x, model.config)
+
+
+def _leaf_of_layer(leaves: Mapping[str, jax.Array], entry: Entry, layer: int) -> jax.Array:
+    if "{layer}" not in entry.foreign:
+        return leaves[entry.ours]
+    own = entry.ours.replace("layers/", f"layers_{layer}/", 1)
+    return leaves[own] if own in leaves else leaves[entry.ours][layer]
 
 
 def _to_host(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
-    return np.asarray(jax.experimental.multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

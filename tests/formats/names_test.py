@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easylm_jax.formats.foreign import abstract_params, foreign_shapes
+from easylm_jax.formats.foreign import Model, abstract_params, foreign_shapes, foreign_tensors
 from easylm_jax.formats.names import TABLES, to_foreign, to_ours
+from easylm_jax.models.decoding import unstack_layers
 from easylm_jax.models.llama import rope_frequencies
 from easylm_jax.tree import named_leaves
 from tests.tiny import tiny_config
@@ -83,3 +86,19 @@ def test_biases_are_reordered_as_their_kernels():
         w = np.random.default_rng(2).normal(size=(heads * config.head_dim, 3))
         expected = to_ours(kernel, w, config)[-1]
         np.testing.assert_array_equal(to_ours(bias, w[:, -1], config), expected)
+
+
+def test_layers_of_their_own_are_written_as_stacked_ones():
+    """As `load` holds them; the shapes that a file must have do not depend on it either."""
+    config, rng = CONFIGS["bias"], np.random.default_rng(3)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), abstract_params(config)
+    )
+    stacked = {k: x.tobytes() for k, x in foreign_tensors(Model(config, params), TABLES["hf"])}
+    apart = Model(dataclasses.replace(config, scan_layers=False), unstack_layers(params))
+    tensors = dict(foreign_tensors(apart, TABLES["hf"]))
+    assert {name: x.tobytes() for name, x in tensors.items()} == stacked
+    shapes = {name: x.shape for name, x in tensors.items()}
+    assert shapes == foreign_shapes(TABLES["hf"], apart.config)
+    with pytest.raises(ValueError, match="no tensor for .*layers/attention/k/bias"):
+        dict(foreign_tensors(apart, TABLES["meta"]))
