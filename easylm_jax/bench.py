@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows, instead of the work's own; decode: 1")
     parser.add_argument("--prompt", type=int, default=512, help="decode: tokens to read, per row")
     parser.add_argument("--new", type=int, default=128, help="decode: tokens to write, per row")
-    parser.add_argument("--every", type=int, default=8, help="decode: tokens per dispatch")
+    parser.add_argument("--chunk", type=int, default=8, help="decode: tokens per dispatch")
     parser.add_argument(
         "--micro_batches", type=int, default=1, help="parts whose gradients a step adds up"
     )
@@ -64,7 +64,7 @@ def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
         rows=options.batch or 1,
         prompt_tokens=options.prompt,
         new_tokens=options.new,
-        every=options.every,
+        chunk=options.chunk,
         steps=options.steps,
     )
 

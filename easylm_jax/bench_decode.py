@@ -1,6 +1,6 @@
 """Time the reading of a prompt and the writing of an answer. Called by `bench.py --work=decode`.
 
-The prompt is random ids; the answer is made greedily, in pieces of `every` tokens between which the
+The prompt is random ids; the answer is made greedily, in pieces of `chunk` tokens between which the
 host looks at them, as it does when it streams. A measurement, never a test.
 """
 
@@ -14,7 +14,15 @@ import numpy as np
 
 from easylm_jax.loading import load
 from easylm_jax.models.llama import FloatName
-from easylm_jax.sampler import SamplingConfig, bucket, decode, make_settings, pad_prompts, prefill
+from easylm_jax.sampler import (
+    SamplingConfig,
+    bucket,
+    decode,
+    make_settings,
+    num_row_shards,
+    pad_prompts,
+    prefill,
+)
 from easylm_jax.tree import num_elements
 
 
@@ -26,7 +34,7 @@ def run(
     rows: int,
     prompt_tokens: int,
     new_tokens: int,
-    every: int,
+    chunk: int,
     steps: int,
 ) -> dict[str, str | int | float]:
     """Medians over `steps` prompts after one that compiles; tokens per second over all rows."""
@@ -36,16 +44,25 @@ def run(
     load_s = time.perf_counter() - started
     vocab_size = lm.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab_size, (rows, prompt_tokens))
+    with jax.set_mesh(lm.mesh):
+        shards = num_row_shards()
+    if rows % shards:
+        raise SystemExit(f"error: {rows} rows do not split over {shards} devices; change --batch")
     tokens, lengths = pad_prompts(ids.tolist())
-    greedy = SamplingConfig(temperature=0.0)
-    settings = make_settings(greedy, [0] * rows, vocab_size=vocab_size, stop_ids=[])
+    settings = make_settings(
+        SamplingConfig(temperature=0.0),
+        [0] * rows,
+        max_new_tokens=[new_tokens] * rows,
+        vocab_size=vocab_size,
+        stop_ids=[],
+    )
 
     def read():
-        room = bucket(new_tokens)
-        return prefill(lm.params, tokens, lengths, settings, config=lm.config, room=room)
+        size = dict(config=lm.config, capacity=bucket(new_tokens))
+        return prefill(lm.params, tokens, lengths, settings, **size)
 
     def write(state):
-        for limit in range(1 + every, new_tokens + every, every):
+        for limit in range(1 + chunk, new_tokens + chunk, chunk):
             limit = jnp.int32(min(limit, new_tokens))
             state = decode(lm.params, state, settings, limit, config=lm.config)
             np.asarray(state.tokens)

@@ -32,6 +32,7 @@ from easylm_jax.sampler import (
     num_row_shards,
     pad_prompts,
 )
+from easylm_jax.sharding import constrain
 from easylm_jax.text.example import encode_segment
 from easylm_jax.text.stream import TextStream
 from easylm_jax.text.template import ChatTemplate, Message, end_token, render
@@ -67,13 +68,18 @@ OnText = Callable[[int, str], None]  # row, the text that is new
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """See the top of this file. `mesh` is the one `params` lies on; None: one device."""
+    """See the top of this file.
+
+    `mesh` is the one `params` lies on; None: one device. `stop_ids` end an answer beside the
+    tokenizer's EOS, as the model's files say.
+    """
 
     config: LlamaConfig
     params: Params
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     mesh: Mesh | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def generate(
         self,
@@ -95,21 +101,33 @@ class LanguageModel:
         """`n` completions of every prompt, those of one prompt next to one another.
 
         A prompt is a text, which gets a BOS if the model expects one, or ids as they are. A
-        completion ends at the tokenizer's EOS, at `stop_ids`, before any of the strings in `stop`,
-        or when `max_new_tokens` or the model's context is used up. `seed` is one number, or one per
-        completion: a completion depends on its prompt and its own seed. `on_text` hears of every
-        piece of text as soon as it is certain. `SamplingConfig` explains the rest.
+        completion ends at the model's end tokens, at `stop_ids`, before any of the strings in
+        `stop` (the spelling of a special token means the token), or when `max_new_tokens` or the
+        model's context is used up. `seed` is one number, or one per completion: a completion
+        depends on its prompt and its own seed. `on_text` hears of every piece of text as soon as it
+        is certain. `SamplingConfig` explains the rest.
 
         Raises:
-          ValueError: a prompt that is empty or leaves no room in the context; a value out of range.
+          ValueError: a prompt that is empty, leaves no room in the context or has ids that the
+            model does not know; a value out of range.
         """
+        for name, value in (
+            ("max_new_tokens", max_new_tokens),
+            ("n", n),
+            ("batch_size", batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} = {value} must be at least 1")
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
         rows = [self._prompt_ids(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
         seeds = _seeds(seed, len(rows) * n)
-        ends = sorted({self._tokenizer.eos_id, *stop_ids})
+        specials = self._tokenizer.specials()
+        named = {specials[s] for s in stop if s in specials}
+        ends = sorted({self._tokenizer.eos_id, *self.stop_ids, *stop_ids, *named})
+        stop = [s for s in stop if s not in specials]
         done: dict[int, Completion] = {}
         for batch in _batches(list(map(len, rows)), batch_size):
-            room = self.config.max_seq_len - max(len(rows[i]) for i in batch)
+            limits = [min(max_new_tokens, self.config.max_seq_len - len(rows[i])) for i in batch]
             places = [i * n + j for i in batch for j in range(n)]  # in the list that is returned
             writers = [_Writer(self._tokenizer, stop, ends, place, on_text) for place in places]
             with self._on_mesh():
@@ -119,11 +137,11 @@ class LanguageModel:
                     config=self.config,
                     sampling=sampling,
                     seeds=[seeds[place] for place in places],
-                    max_new_tokens=min(max_new_tokens, room),
+                    max_new_tokens=[limit for limit in limits for _ in range(n)],
                     vocab_size=self._tokenizer.vocab_size,
                     stop_ids=ends,
                     samples=n,
-                    watch=functools.partial(_show, writers) if stop or on_text else None,
+                    callback=functools.partial(_show, writers) if stop or on_text else None,
                 )
             _show(writers, made, last=True)
             for place, writer, log_probs in zip(places, writers, made.log_probs, strict=True):
@@ -183,16 +201,21 @@ class LanguageModel:
     ) -> list[Likelihood]:
         """log p(continuation | context) for every (context, continuation).
 
-        Both are encoded together, after a BOS if the model expects one, and the ids that the
-        context alone does not have count as the continuation.
+        Both are encoded together, after a BOS if the model expects one. The continuation's ids are
+        those that come after as many as the context alone has; white space at the end of a context
+        counts as the continuation's, since tokenizers join it to the next word (lm-eval's rule).
+
+        Raises:
+          ValueError: a context or a continuation without a token.
         """
+        pairs = [(a.rstrip(), a[len(a.rstrip()) :] + b) for a, b in pairs]
         whole = [self._tokenizer.prompt_ids(a + b) for a, b in pairs]
         starts = [len(self._tokenizer.prompt_ids(a)) for a, _ in pairs]
         for (context, continuation), ids, start in zip(pairs, whole, starts, strict=True):
             if not 0 < start < len(ids):
                 raise ValueError(
-                    f"cannot score {continuation!r} after {context!r}: both must have at least one "
-                    "token (the context may be a BOS, where the model has one)"
+                    f"cannot score {continuation!r} after {context!r}: encoded together they have "
+                    f"{len(ids)} tokens, the context alone {start}; expected at least one of each"
                 )
         scored = self.token_log_probs(whole, batch_size=batch_size)
         found = []
@@ -209,7 +232,7 @@ class LanguageModel:
         found = {}
         for batch in _batches(list(map(len, rows)), batch_size):
             for i in batch:
-                self._check_length(rows[i], room=0)
+                self._check(rows[i], room=0)
             with self._on_mesh():
                 tokens, lengths = pad_prompts(
                     [rows[i] for i in batch], rows_multiple=num_row_shards()
@@ -225,10 +248,11 @@ class LanguageModel:
     ) -> Float[np.ndarray, "... V"]:
         """Logits after each id of one row [T] or of rows of equal length [B, T], float32."""
         ids = np.asarray(token_ids, np.int32)
-        rows = ids.reshape(-1, ids.shape[-1])
-        self._check_length(rows[0].tolist(), room=0)
+        rows = ids.reshape(-1, ids.shape[-1] or 1).tolist()
+        for row in rows or [[]]:
+            self._check(row, room=0)
         with self._on_mesh():
-            tokens, lengths = pad_prompts(rows.tolist(), rows_multiple=num_row_shards())
+            tokens, lengths = pad_prompts(rows, rows_multiple=num_row_shards())
             logits = jax.device_get(_logits(self.params, tokens, lengths, config=self.config))
         return logits[: len(rows), : ids.shape[-1]].reshape(*ids.shape, -1)
 
@@ -245,15 +269,20 @@ class LanguageModel:
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self._tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_length(ids, room=1)
+        self._check(ids, room=1)
         return ids
 
-    def _check_length(self, ids: Sequence[int], *, room: int) -> None:
+    def _check(self, ids: Sequence[int], *, room: int) -> None:
         most = self.config.max_seq_len - room
         if not 0 < len(ids) <= most:
             raise ValueError(
                 f"{len(ids)} tokens do not fit: expected at least 1, and at most {most} of the "
                 f"model's context of {self.config.max_seq_len}"
+            )
+        if wrong := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+            raise ValueError(
+                f"the ids {wrong[:5]} are not of the model's vocabulary, 0 to "
+                f"{self.config.vocab_size - 1}; use the model's own tokenizer"
             )
 
 
@@ -304,11 +333,11 @@ def _show(writers: Sequence[_Writer], made: Generated, *, last: bool = False) ->
 
 
 def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    if isinstance(seed, int):
-        return np.random.SeedSequence(seed).generate_state(rows).tolist()
+    if isinstance(seed, int | np.integer):
+        return np.random.SeedSequence(abs(int(seed))).generate_state(rows).tolist()
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds were given for {rows} completions: give one for each")
-    return list(seed)
+    return [int(s) % 2**32 for s in seed]
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -329,9 +358,10 @@ def _hidden(params: Params, tokens: Tokens, lengths: Array, config: LlamaConfig)
 def _scores(params: Params, tokens: Tokens, lengths: Array, *, config: LlamaConfig):
     """Losses [B, T] of the next tokens, and whether they are the best guesses; the last is void."""
     hidden_BTD = _hidden(params, tokens, lengths, config)
-    return token_losses(hidden_BTD, output_kernel(params), jnp.roll(tokens, -1, axis=1))
+    scores = token_losses(hidden_BTD, output_kernel(params), jnp.roll(tokens, -1, axis=1))
+    return tuple(constrain(x, None, None) for x in scores)  # every host reads all of them
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _logits(params: Params, tokens: Tokens, lengths: Array, *, config: LlamaConfig):
-    return output_logits(params, _hidden(params, tokens, lengths, config))
+    return constrain(output_logits(params, _hidden(params, tokens, lengths, config)), *[None] * 3)

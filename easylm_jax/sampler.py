@@ -68,16 +68,23 @@ class Settings:
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
+    max_new_tokens: Int[Array, " B"]  # a row always gets one
     stop_ids: Int[Array, " E"]  # of all rows; -1 is no id
+    draws: bool = flax.struct.field(pytree_node=False)  # some row has a temperature
     filters: bool = flax.struct.field(pytree_node=False)  # some row uses top_k, top_p or min_p
     penalises: bool = flax.struct.field(pytree_node=False)
     vocab_size: int = flax.struct.field(pytree_node=False)  # ids from here on are never picked
 
 
 def make_settings(
-    config: SamplingConfig, seeds: Sequence[int], *, vocab_size: int, stop_ids: Sequence[int]
+    config: SamplingConfig,
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: Sequence[int],
+    vocab_size: int,
+    stop_ids: Sequence[int],
 ) -> Settings:
-    """The same settings for every row, with a seed of its own for each."""
+    """The same settings for every row, with a seed and a number of tokens of its own for each."""
     rows = len(seeds)
     return Settings(
         keys=jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
@@ -86,7 +93,9 @@ def make_settings(
         top_p=jnp.full(rows, config.top_p, jnp.float32),
         min_p=jnp.full(rows, config.min_p, jnp.float32),
         repetition_penalty=jnp.full(rows, config.repetition_penalty, jnp.float32),
+        max_new_tokens=jnp.asarray(max_new_tokens, jnp.int32),
         stop_ids=jnp.asarray([*stop_ids] or [-1], jnp.int32),
+        draws=config.temperature > 0,
         filters=config.top_k > 0 or config.top_p < 1 or config.min_p > 0,
         penalises=config.repetition_penalty != 1,
         vocab_size=vocab_size,
@@ -145,7 +154,7 @@ def penalise(
     return jnp.where(seen_BV, smaller, logits_BV)
 
 
-def keep_likely(logits_BV: Float[Array, "B V"], settings: Settings) -> Float[Array, "B V"]:
+def filter_logits(logits_BV: Float[Array, "B V"], settings: Settings) -> Float[Array, "B V"]:
     """Logits with -inf for what top_k, top_p and min_p leave out.
 
     Each rule is a threshold, found by bisection over the 2^32 floats in order instead of by sorting
@@ -185,7 +194,7 @@ def _ordered_bits(x: Float[Array, "B V"]) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def pick(
+def sample_tokens(
     logits_BV: Float[Array, "B V"], seen_BV: Array | None, settings: Settings, index: Array
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Token `index` of every row, and its log-probability under the model itself."""
@@ -197,10 +206,12 @@ def pick(
     greedy_B1 = (settings.temperature == 0)[:, None]
     chosen_BV = chosen_BV / jnp.where(greedy_B1, 1.0, settings.temperature[:, None])
     if settings.filters:
-        chosen_BV = keep_likely(chosen_BV, settings)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, index)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, chosen_BV.shape[1:]))(keys)
-    token_B = jnp.argmax(jnp.where(greedy_B1, chosen_BV, chosen_BV + noise_BV), axis=-1)
+        chosen_BV = filter_logits(chosen_BV, settings)
+    if settings.draws:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, index)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, chosen_BV.shape[1:]))(keys)
+        chosen_BV = jnp.where(greedy_B1, chosen_BV, chosen_BV + noise_BV)
+    token_B = jnp.argmax(chosen_BV, axis=-1)
     log_probs_BV = jax.nn.log_softmax(logits_BV)
     log_prob_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B.astype(jnp.int32), log_prob_B
@@ -216,22 +227,24 @@ def _model(params: Params, config: LlamaConfig) -> Llama:
 def _add_token(params: Params, state: State, hidden_BD: Array, settings: Settings) -> State:
     """Give the rows that go on their token `state.index`; `hidden_BD` is of the token before it."""
     logits_BV = output_logits(params, hidden_BD[:, None])[:, 0]
-    token_B, log_prob_B = pick(logits_BV, state.seen, settings, state.index)
+    token_B, log_prob_B = sample_tokens(logits_BV, state.seen, settings, state.index)
     rows, seen = jnp.arange(token_B.size), state.seen
     if seen is not None:
         seen = seen.at[rows, token_B].set(True)
     column = jnp.where(state.done, state.tokens.shape[1], state.index)  # past the end: dropped
+    count = state.count + ~state.done
+    stops = (token_B[:, None] == settings.stop_ids[None]).any(-1)
     made = dict(
         tokens=state.tokens.at[rows, column].set(token_B, mode="drop"),
         log_probs=state.log_probs.at[rows, column].set(log_prob_B, mode="drop"),
-        count=state.count + ~state.done,
-        done=state.done | (token_B[:, None] == settings.stop_ids[None]).any(-1),
+        count=count,
+        done=state.done | stops | (count >= settings.max_new_tokens),
     )
     made = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), made)  # every host reads them
     return state.replace(index=state.index + 1, seen=seen, **made)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room", "samples"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "samples"))
 def prefill(
     params: Params,
     prompts: Int[Array, "B T"],
@@ -239,10 +252,10 @@ def prefill(
     settings: Settings,
     *,
     config: LlamaConfig,
-    room: int,
+    capacity: int,
     samples: int = 1,
 ) -> State:
-    """Read the prompts, pick the first token of each row. `room`: tokens a row may get, at most.
+    """Read the prompts, pick the first token of each row; it may get `capacity` tokens at most.
 
     Prompt b is `prompts[b, :lengths[b]]`; padding takes cache slots that nothing attends to. With
     `samples` each prompt becomes that many rows, next to one another; `settings` is of the rows.
@@ -257,7 +270,7 @@ def prefill(
         prompts,
         segments,
         jnp.broadcast_to(slots, (B, T)),
-        cache=init_cache(model.config, B, T + room),
+        cache=init_cache(model.config, B, T + capacity),
     )
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     seen = None
@@ -279,8 +292,8 @@ def prefill(
         last, lengths, seen = repeat((last, lengths, seen))
     rows = B * samples
     state = State(
-        tokens=jnp.zeros((rows, room), jnp.int32),
-        log_probs=jnp.zeros((rows, room), jnp.float32),
+        tokens=jnp.zeros((rows, capacity), jnp.int32),
+        log_probs=jnp.zeros((rows, capacity), jnp.float32),
         count=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
         lengths=lengths,
@@ -300,7 +313,7 @@ def decode(
     *,
     config: LlamaConfig,
 ) -> State:
-    """Go on until every row has ended or has `limit` tokens; `limit` is at most the room."""
+    """Go on until every row has ended or has `limit` tokens; `limit` is at most the capacity."""
     model = _model(params, config)
 
     def unfinished(state: State) -> Array:
@@ -328,7 +341,7 @@ class Generated(NamedTuple):
     count: Int[np.ndarray, " B"]
 
 
-Watch = Callable[[Generated], Sequence[int]]
+Callback = Callable[[Generated], Sequence[int]]
 
 
 def generate(
@@ -338,46 +351,55 @@ def generate(
     config: LlamaConfig,
     sampling: SamplingConfig,
     seeds: Sequence[int],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     vocab_size: int,
     stop_ids: Sequence[int] = (),
     samples: int = 1,
-    watch: Watch | None = None,
-    every: int = 8,
+    callback: Callback | None = None,
+    chunk: int = 8,
 ) -> Generated:
     """Up to `max_new_tokens` ids after each prompt, `samples` rows per prompt.
 
-    Works on any mesh that `jax.set_mesh` has set. `seeds` has one number per row, and a row's
-    tokens are a function of its prompt and its seed. `watch` sees what there is after the first and
-    then after `every` tokens, and returns the rows that shall stop.
+    Works on any mesh that `jax.set_mesh` has set. `seeds` has one number per row, and so may
+    `max_new_tokens`; a row's tokens are a function of its prompt and its seed. `callback` sees what
+    there is after the first and then after every `chunk` tokens, and returns the rows that shall
+    stop.
     """
     tokens, lengths = pad_prompts(prompts, rows_multiple=num_row_shards())
     rows = len(prompts) * samples
-    seeds = [*seeds, *([0] * (len(tokens) * samples - rows))]
-    settings = make_settings(sampling, seeds, vocab_size=vocab_size, stop_ids=stop_ids)
+    limits = [max_new_tokens] * rows if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    longest = max(limits)
+    padding = [0] * (len(tokens) * samples - rows)  # rows that only fill the mesh end at once
+    settings = make_settings(
+        sampling,
+        [*seeds, *padding],
+        max_new_tokens=[*limits, *padding],
+        vocab_size=vocab_size,
+        stop_ids=stop_ids,
+    )
     state = prefill(
         params,
         tokens,
         lengths,
         settings,
         config=config,
-        room=bucket(max_new_tokens),
+        capacity=bucket(longest),
         samples=samples,
     )
 
     def so_far() -> Generated:
         tokens, log_probs, count = jax.device_get((state.tokens, state.log_probs, state.count))
-        size = (slice(rows), slice(max_new_tokens))
+        size = (slice(rows), slice(longest))
         return Generated(tokens[size], log_probs[size], count[:rows])
 
-    limit = 1 if watch else max_new_tokens
+    limit = 1 if callback else longest
     while True:
         if limit > 1:
             state = decode(params, state, settings, jnp.int32(limit), config=config)
-        if watch:
+        if callback:
             stopped = np.zeros(state.done.shape, bool)
-            stopped[list(watch(so_far()))] = True
+            stopped[list(callback(so_far()))] = True
             state = state.replace(done=state.done | stopped)
-        if limit == max_new_tokens or np.asarray(state.done).all():
+        if limit == longest or np.asarray(state.done).all():
             return so_far()
-        limit = min(limit + every, max_new_tokens)
+        limit = min(limit + chunk, longest)

@@ -14,8 +14,8 @@ from easylm_jax.sampler import (
     SamplingConfig,
     bucket,
     decode,
+    filter_logits,
     generate,
-    keep_likely,
     make_settings,
     pad_prompts,
     penalise,
@@ -101,7 +101,9 @@ def test_a_row_depends_on_its_prompt_and_seed_alone():
     together = run(seeds=[3, 4, 5], **options)
     assert len({tuple(row) for row in together.tokens.tolist()}) == 3
     seen = []
-    watched = run(seeds=[3, 4, 5], watch=lambda made: seen.append(made) or [], every=2, **options)
+    watched = run(
+        seeds=[3, 4, 5], callback=lambda made: seen.append(made) or [], chunk=2, **options
+    )
     np.testing.assert_array_equal(watched.tokens, together.tokens)
     assert [made.count.tolist() for made in seen] == [[n] * 3 for n in (1, 3, 5, 6)]
     for row, prompt in enumerate(PROMPTS):
@@ -117,7 +119,9 @@ def test_samples_of_a_prompt_are_rows_of_their_own():
     np.testing.assert_array_equal(got.tokens, twice.tokens)
 
 
-@pytest.mark.parametrize("mesh", ["2,2,1,2", pytest.param("1,8,1,1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["1,2,2,2", *(pytest.param(m, marks=pytest.mark.slow) for m in ("2,2,1,2", "1,8,1,1"))]
+)
 def test_a_mesh_changes_nothing(mesh):
     options = dict(sampling=SamplingConfig(temperature=0.8, top_p=0.9))
     expected = run(**options)
@@ -142,15 +146,37 @@ def test_a_stop_id_or_the_watcher_ends_a_row_and_no_other():
             ended.tokens[row], np.where(np.arange(24) < length, endless.tokens[row], 0)
         )
     assert 2 < len(set(ended.count.tolist()))
-    watched = run(PROMPTS, max_new_tokens=9, watch=lambda made: [1], every=4)
+    watched = run(PROMPTS, max_new_tokens=9, callback=lambda made: [1], chunk=4)
     assert watched.count.tolist() == [9, 1, 9]
+
+
+def test_rows_that_only_fill_the_mesh_keep_nobody_waiting():
+    """One prompt on eight devices ends at its second token, and so does the loop."""
+    first = int(run([PROMPTS[0]]).tokens[0, 1])
+    seen = []
+    with jax.set_mesh(make_mesh("1,8,1,1")):
+        run(
+            [PROMPTS[0]],
+            stop_ids=[first],
+            max_new_tokens=48,
+            callback=lambda made: seen.append(made) or [],
+        )
+    assert len(seen) == 2
+
+
+def test_each_row_has_a_limit_of_its_own():
+    made = run(max_new_tokens=[2, 9, 5])
+    assert made.count.tolist() == [2, 9, 5] and made.tokens.shape == (3, 9)
+    np.testing.assert_array_equal(made.tokens[1], run([PROMPTS[1]], max_new_tokens=9).tokens[0])
 
 
 def test_ending_early_saves_the_work():
     """Every row ends in the first tokens; the loop must not go on to a million."""
     tokens, lengths = pad_prompts(PROMPTS)
-    settings = make_settings(GREEDY, [0] * 3, vocab_size=VOCAB, stop_ids=range(VOCAB))
-    state = prefill(tiny_params(), tokens, lengths, settings, config=tiny_config(), room=16)
+    settings = make_settings(
+        GREEDY, [0] * 3, max_new_tokens=[9] * 3, vocab_size=VOCAB, stop_ids=range(VOCAB)
+    )
+    state = prefill(tiny_params(), tokens, lengths, settings, config=tiny_config(), capacity=16)
     assert state.done.all()
     state = decode(tiny_params(), state, settings, 10**6, config=tiny_config())
     assert state.index == 1
@@ -202,8 +228,10 @@ def test_what_is_kept_is_what_transformers_keeps(rules):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     logits = np.random.default_rng(0).normal(0, 3, (6, 200)).astype(np.float32)
-    settings = make_settings(SamplingConfig(**rules), [0] * 6, vocab_size=200, stop_ids=[])
-    kept = np.isfinite(keep_likely(jnp.asarray(logits), settings))
+    settings = make_settings(
+        SamplingConfig(**rules), [0] * 6, max_new_tokens=[9] * 6, vocab_size=200, stop_ids=[]
+    )
+    kept = np.isfinite(filter_logits(jnp.asarray(logits), settings))
     warpers = {
         "top_k": transformers.TopKLogitsWarper,
         "top_p": transformers.TopPLogitsWarper,
@@ -234,8 +262,10 @@ def test_the_penalty_is_that_of_transformers():
 def test_the_penalty_is_for_ids_of_the_prompt_and_new_ones_not_for_padding():
     tokens, lengths = pad_prompts(PROMPTS)
     penalty = SamplingConfig(temperature=0.0, repetition_penalty=1.2)
-    settings = make_settings(penalty, [0] * 3, vocab_size=VOCAB, stop_ids=[])
-    state = prefill(tiny_params(), tokens, lengths, settings, config=tiny_config(), room=16)
+    settings = make_settings(
+        penalty, [0] * 3, max_new_tokens=[9] * 3, vocab_size=VOCAB, stop_ids=[]
+    )
+    state = prefill(tiny_params(), tokens, lengths, settings, config=tiny_config(), capacity=16)
     state = decode(tiny_params(), state, settings, 5, config=tiny_config())
     for row, prompt in enumerate(PROMPTS):
         expected = {*prompt, *state.tokens[row, :5].tolist()}

@@ -1,4 +1,4 @@
-"""Causal attention over packed documents: one signature, two implementations.
+"""Causal attention over packed documents: one signature, two implementations to train with.
 
     attention(q_BTNH, k_BSKH, v_BSKH, segments..., positions..., implementation="blockwise")
 
@@ -7,7 +7,8 @@ positions[s] <= positions[t], and when s is inside the sliding window if there i
 sees nothing gets zeros. Query head n reads key/value head n // G, G = N / K.
 
 `reference`, here, forms the whole [T, S] matrix and is differentiated by JAX; it is what the others
-are tested against. `blockwise`, in blockwise.py, never forms it. Both mean the same.
+are tested against. `blockwise`, in blockwise.py, never forms it. Both mean the same, and so does
+what answers a single query over a cache, whichever is asked for: `attend_one_query`, decoding.py.
 """
 
 import dataclasses
@@ -68,7 +69,8 @@ def attention(
     """
     options = dict(window=config.sliding_window, dropout=config.dropout)
     run = functools.partial(_reference, **options)
-    if q_BTNH.shape[1] == 1:
+    one_query = cache_index is not None and q_BTNH.shape[1] == 1
+    if one_query:
         run = functools.partial(attend_one_query, window=config.sliding_window)
     elif config.implementation == "blockwise":
         blocks = dict(block_q=config.block_q, block_k=config.block_k)
@@ -88,8 +90,9 @@ def attention(
                 key = jax.random.fold_in(key, lax.axis_index(axis))
         return run(q, k, v, q_seg, k_seg, q_pos, k_pos, first_row, key)
 
-    rows_q, rows_k = P(BATCH_AXES, "sequence"), P(BATCH_AXES, None)
-    q_spec = P(BATCH_AXES, "sequence", "tensor", None)
+    along = None if one_query else "sequence"
+    rows_q, rows_k = P(BATCH_AXES, along), P(BATCH_AXES, None)
+    q_spec = P(BATCH_AXES, along, "tensor", None)
     k_spec = P(BATCH_AXES, None, "tensor", None)
     return jax.shard_map(
         local,

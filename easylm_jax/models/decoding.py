@@ -76,7 +76,7 @@ def read_cache(cache: LayerCache) -> tuple[Keys, Keys]:
 def attend_one_query(
     q_BTNH, k_BSKH, v_BSKH, q_seg, k_seg, q_pos, k_pos, first_row, key, *, window
 ) -> Queries:
-    """Attention where T = 1, over keys and values in the cache's order. No dropout: no training."""
+    """Attention where T = 1, over keys and values in the cache's order, without dropout."""
     del first_row, key
     B, _, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
