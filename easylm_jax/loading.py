@@ -226,15 +226,16 @@ def open_native(path: str, checkpoints: str) -> Opened:
             f"{path} has checkpoints, but {folder}/config.json does not say of what model: expected"
             ' it to hold {"model": {...}}, as every run writes it beside its checkpoints'
         )
+    config = from_config_dict(LlamaConfig, saved["model"], f"{folder}/config.json: model")
     tokenizer = folder / "tokenizer"
     return Opened(
         path=path,
-        config=from_config_dict(LlamaConfig, saved["model"], f"{folder}/config.json: model"),
+        config=config,
         read=functools.partial(_restore, checkpoints),
         tokenizer=functools.partial(load_tokenizer, str(tokenizer)) if tokenizer.exists() else None,
         chat_template=_chat_template_in(tokenizer),
         template=saved.get("template"),
-        is_stacked=True,
+        is_stacked=config.scan_layers,
     )
 
 

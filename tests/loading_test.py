@@ -223,6 +223,13 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path):
 # The language model
 
 
+def test_a_native_model_may_have_layers_of_their_own(tmp_path):
+    config = dataclasses.replace(CONFIG, scan_layers=False)
+    model = random_model(config)
+    write_native(model, str(tmp_path / "apart"))
+    assert same_bits(load(str(tmp_path / "apart")).params, model.params)
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_load_gives_the_logits_of_the_model(dtype, tmp_path):
     model = random_model(tokenizer=ByteTokenizer(), chat_template=TEMPLATE)
