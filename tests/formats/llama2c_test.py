@@ -11,6 +11,7 @@ from easylm_jax.formats.foreign import Model as ForeignModel
 from easylm_jax.formats.foreign import abstract_params, foreign_tensors, import_params
 from easylm_jax.formats.llama2c import is_llama2c, open_llama2c, read_tokenizer
 from easylm_jax.formats.names import META
+from easylm_jax.loading import load
 from easylm_jax.models.llama import Llama, output_logits
 from tests.tiny import tiny_config, tiny_params
 
@@ -49,6 +50,16 @@ def test_stories260k_tells_its_published_story():
     hidden, _ = jax.jit(Llama(config).apply)({"params": params}, row, ones, positions)
     best = output_logits(params, hidden)[0].argmax(-1)
     np.testing.assert_array_equal(best, story)
+
+
+@pytest.mark.slow
+def test_the_sampler_tells_the_story_too():
+    """With the cache, streamed, its four key/value heads on four devices."""
+    (told,) = load(str(STORIES), mesh="1,2,1,4").generate(
+        [[1]], max_new_tokens=256, temperature=0.0, on_text=lambda *_: None
+    )
+    assert told.text.strip() == PUBLISHED.rstrip("\n")
+    assert (len(told.ids), told.finish_reason) == (256, "length")
 
 
 def test_tokenizer_merges_as_run_c_does():
