@@ -182,6 +182,8 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     pieces, types = _pieces(metadata, name)
     scores = _needed(metadata, "scores", name)
     special = {"bos": 1, "eos": 2, "unk": 0} | _special_ids(metadata, len(pieces))
+    config = {f"{which}_token": pieces[special[which]] for which in ("bos", "eos")}
+    config["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", True)
     # SentencePiece wants one unknown piece; older files call it control and the padding unknown.
     types = [int(TokenType.UNUSED) if kind == TokenType.UNKNOWN else kind for kind in types]
     types[special["unk"]] = int(TokenType.UNKNOWN)
@@ -199,7 +201,8 @@ def _sentencepiece(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizer.remove_extra_whitespaces = False
-    return SentencePieceTokenizer(proto.SerializeToString(), name=name)
+    config = json.dumps(config, ensure_ascii=False).encode()
+    return SentencePieceTokenizer(proto.SerializeToString(), config, name=name)
 
 
 # ---- writing ----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 
+SAID_OF_ENDS = ("add_bos_token", "bos_token", "eos_token")  # in a `tokenizer_config.json`
 # BOS and EOS of `tokenizer.json` files that come without a `tokenizer_config.json`.
 KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]")
 KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "[EOS]")
@@ -160,13 +161,13 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `*.model`.
+    """A SentencePiece `*.model`; of BOS and EOS the `tokenizer_config.json` beside it decides.
 
-    Special are its control pieces, and user-defined symbols spelled like `<|im_start|>`, as some
-    converters write them; text that contains such a spelling is cut inside it.
+    Special are its control pieces, BOS and EOS, and user-defined symbols spelled like
+    `<|im_start|>`, as some converters write them; text that contains such a spelling is cut inside.
     """
 
-    def __init__(self, content: bytes, *, name: str):
+    def __init__(self, content: bytes, config: bytes = b"", *, name: str):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
@@ -176,10 +177,11 @@ class SentencePieceTokenizer(Tokenizer):
             ) from None
         self._content = content
         self.vocab_size = self._model.vocab_size()
-        bos_id, eos_id = self._model.bos_id(), self._model.eos_id()
-        self.bos_id = bos_id if bos_id >= 0 else None
-        self.eos_id = _known_eos(eos_id if eos_id >= 0 else None, name)
-        self.add_bos = self.bos_id is not None
+        said = json.loads(config) if config else {}
+        self._config = {key: said[key] for key in SAID_OF_ENDS if said.get(key) is not None}
+        self.bos_id = self._named("bos_token", self._model.bos_id())
+        self.eos_id = _known_eos(self._named("eos_token", self._model.eos_id()), name)
+        self.add_bos = self.bos_id is not None and self._config.get("add_bos_token", True)
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.prefix_space = self._model.encode("a", out_type=str)[0].startswith(SPACE)
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -189,11 +191,17 @@ class SentencePieceTokenizer(Tokenizer):
             for i in range(self.vocab_size)
             if not (self._model.is_control(i) or self._model.is_byte(i))
         ]
-        self._markup = [piece for piece in plain if re.fullmatch(r"<\|.+\|>", piece)]
+        ends = [self._model.id_to_piece(i) for i in (self.bos_id, self.eos_id) if i is not None]
+        self._markup = [p for p in plain if re.fullmatch(r"<\|.+\|>", p) or p in ends]
         # Where text is cut. A literal U+2581 would be taken for a space: its bytes spell it.
         cuts = [f"({SPACE})"] if self._space_ids else ["(?!)()"]
         cuts += [f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in self._markup]
         self._cuts = re.compile("|".join(cuts))
+
+    def _named(self, key: str, otherwise: int) -> int | None:
+        """The id of what the configuration says, else `otherwise`, the model's own; -1 is none."""
+        found = self.piece_id(_spelling(self._config.get(key)) or "")
+        return found if found is not None else otherwise if otherwise >= 0 else None
 
     def encode(self, text: str) -> list[int]:
         if not self._cuts.search(text):
@@ -233,7 +241,8 @@ class SentencePieceTokenizer(Tokenizer):
         return found if self._model.id_to_piece(found) == piece else None
 
     def files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self._content}
+        config = {"tokenizer_config.json": json.dumps(self._config).encode()}
+        return {"tokenizer.model": self._content} | (config if self._config else {})
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -268,7 +277,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.encode_special_tokens = True  # special tokens in a text are plain characters
 
     def _named(self, said: str | dict | None, known: tuple[str, ...]) -> int | None:
-        spelled = said["content"] if isinstance(said, dict) else said
+        spelled = _spelling(said)
         candidates = (spelled,) if spelled else known
         found = [self.piece_id(piece) for piece in candidates]
         return next((i for i in found if i is not None), None)
@@ -306,6 +315,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         config = {"tokenizer_config.json": self._config} if self._config else {}
         return {"tokenizer.json": self._content} | config
+
+
+def _spelling(said: str | dict | None) -> str | None:
+    """A token as `tokenizer_config.json` names it, with or without its options."""
+    return said["content"] if isinstance(said, dict) else said
 
 
 def _byte_level_alphabet() -> list[str]:
@@ -404,14 +418,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
         )
     if path.suffix == ".bytes":
         return ByteTokenizer()
+    beside = path.parent / "tokenizer_config.json"
+    config = beside.read_bytes() if beside.exists() else b""
     if path.suffix == ".json":
-        beside = path.parent / "tokenizer_config.json"
-        config = beside.read_bytes() if beside.exists() else b""
         return HuggingFaceTokenizer(path.read_bytes(), config, name=str(path))
     content = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
         return llama3_tokenizer(content, name=str(path))
-    return SentencePieceTokenizer(content, name=str(path))
+    return SentencePieceTokenizer(content, config, name=str(path))
 
 
 def _of_two(original: Tokenizer, converted: Tokenizer) -> Tokenizer:

@@ -17,6 +17,7 @@ from easylm_jax.text.tokenizer import (
     Tokenizer,
     train_sentencepiece,
 )
+from tests.text.small_tokenizers import small_tokenizer
 
 FRAGMENTS = (
     "the cat,THE CAT's we'LL 12 345678 ٣४½ été ÉTÉ 漢字かな مرحبا नमस्ते 👩🏽‍🚀😀 --> $+=|~ <|x|> <s>"
@@ -147,6 +148,16 @@ def test_sentencepiece_comes_back(sentencepiece):
     assert (again.vocab_size, again.bos_id, again.eos_id) == (500, 1, 2)
     assert all(again.encode(text) == sentencepiece.encode(text) for text in mixed_texts())
     assert tokenizer_to_metadata(again, vocab_size=600) == metadata
+
+
+def test_the_ends_that_a_file_names_are_those_of_its_sentencepiece():
+    metadata = tokenizer_to_metadata(small_tokenizer("sentencepiece"), vocab_size=500)
+    end = metadata["tokenizer.ggml.tokens"].index("<|im_end|>")  # no control piece
+    said = {"eos_token_id": end, "bos_token_id": 2, "add_bos_token": False}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in said.items()}
+    tokenizer = tokenizer_of(metadata, name="ours")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (2, end, False)
+    assert tokenizer_to_metadata(tokenizer, vocab_size=500) == metadata
 
 
 def with_json(**changes) -> HuggingFaceTokenizer:

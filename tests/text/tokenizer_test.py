@@ -119,6 +119,23 @@ def test_bos_is_what_the_files_say(tmp_path, config, bos_id, eos_id, add_bos):
             check_joins_documents(tokenizer)
 
 
+def test_what_lies_beside_a_sentencepiece_model_wins(tmp_path):
+    small_tokenizer("sentencepiece").save(str(tmp_path))
+    said = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>"}
+    said |= {"add_bos_token": False, "tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = tokenizer_lib.load_tokenizer(str(tmp_path / "tokenizer.model"))
+    tokenizer.save(str(tmp_path / "again"))
+    for one in (tokenizer, tokenizer_lib.load_tokenizer(str(tmp_path / "again"))):
+        bos_id, eos_id = map(one.piece_id, CHAT[:2])
+        assert (one.bos_id, one.eos_id, one.add_bos) == (bos_id, eos_id, False)
+        assert one.prompt_ids("the") == one.encode("the")
+    said = {"bos_token": None, "eos_token": "absent"}  # then the model's own
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = tokenizer_lib.load_tokenizer(str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (1, 2, True)
+
+
 META_SPLIT = (  # of llama3/tokenizer.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
