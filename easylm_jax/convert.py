@@ -140,7 +140,7 @@ def convert(
     with whole_or_absent(Path(target)) as path:
         _check_space(target, path, num_params * BITS[dtype or param_dtype] / 8)
         params = opened.read(abstract)
-        result = Model(config, params, text, opened.chat_template)
+        result = Model(config, params, text, opened.chat_template, opened.stop_ids)
         try:
             _write(result, str(path), to_format, dtype=dtype or param_dtype)
         except (OSError, SafetensorError) as error:
@@ -251,7 +251,7 @@ def write_native(model: Model, folder: str) -> None:
         if model.tokenizer:
             save_tokenizer(model.tokenizer, model.chat_template, to)
 
-    config = {"model": dataclasses.asdict(model.config)}
+    config = {"model": dataclasses.asdict(model.config), "stop_ids": model.stop_ids}
     workdir.record_start(folder, config, argv=sys.orig_argv, save_tokenizer=save_text)
     checkpoints = Checkpointer(f"{folder}/checkpoints", keep_last=1)
     checkpoints.save(0, {"params": model.params}, {})

@@ -7,7 +7,7 @@ function `easylm_jax.load` behind the module of the same name.)
 
 A native model is a folder as `train.py` and `convert.py` write it:
 
-    config.json                     {"model": the fields of LlamaConfig, ...}
+    config.json                     {"model": the fields of LlamaConfig, "stop_ids": [...], ...}
     tokenizer/                      the tokenizer's files; chat_template.jinja if there is one
     checkpoints/00001200/           parameters under "params/" (`checkpoint.py`); the newest counts
 
@@ -55,8 +55,8 @@ class Opened:
     """A model on disk in any format, nothing big read yet.
 
     `read(target)` gives the parameters in the layout and types of `target`. `tokenizer` and
-    `chat_template` (Jinja source) are those that came with the model. `template` is the name that
-    a native configuration gives.
+    `chat_template` (Jinja source) are those that came with the model, as are the `stop_ids` that
+    end an answer. `template` is the name that a native configuration gives.
     """
 
     path: str
@@ -66,6 +66,7 @@ class Opened:
     chat_template: str | None
     template: str | None = None
     is_stacked: bool = False  # `target` must have its layers stacked
+    stop_ids: tuple[int, ...] = ()
 
 
 def load(
@@ -102,6 +103,7 @@ def load(
         tokenizer=text,
         template=_find_template(opened, template, text),
         mesh=mesh,
+        stop_ids=opened.stop_ids,
     )
 
 
@@ -131,6 +133,7 @@ def of_foreign(foreign: Foreign) -> Opened:
         read=functools.partial(import_params, foreign),
         tokenizer=foreign.tokenizer,
         chat_template=foreign.chat_template,
+        stop_ids=foreign.stop_ids,
     )
 
 
@@ -236,6 +239,7 @@ def open_native(path: str, checkpoints: str) -> Opened:
         chat_template=_chat_template_in(tokenizer),
         template=saved.get("template"),
         is_stacked=config.scan_layers,
+        stop_ids=tuple(saved.get("stop_ids", ())),
     )
 
 

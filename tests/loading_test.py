@@ -223,6 +223,22 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path):
 # The language model
 
 
+@pytest.mark.parametrize("name", ["native", "hf", "gguf"])
+def test_every_id_that_ends_an_answer_is_kept(name, tmp_path):
+    model = random_model(tokenizer=ByteTokenizer(), stop_ids=(2, 260, 263))  # as Llama 3 Instruct
+    assert load(write(name, model, tmp_path)).stop_ids == (2, 260, 263)
+
+
+def test_the_ids_that_end_an_answer_are_where_transformers_looks(tmp_path):
+    folder = Path(write("hf", random_model(tokenizer=ByteTokenizer()), tmp_path))
+    assert open_model(str(folder)).stop_ids == (2,)  # the tokenizer's
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert open_model(str(folder)).stop_ids == (5, 7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match="generation_config.json has eos_token_id = '</s>'"):
+        open_model(str(folder))
+
+
 def test_a_native_model_may_have_layers_of_their_own(tmp_path):
     config = dataclasses.replace(CONFIG, scan_layers=False)
     model = random_model(config)

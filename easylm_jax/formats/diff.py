@@ -82,6 +82,7 @@ def add(base: Foreign, delta: Foreign, *, exact: bool | None = None) -> Foreign:
         read=read,
         tokenizer=delta.tokenizer or base.tokenizer,
         chat_template=delta.chat_template or base.chat_template,
+        stop_ids=delta.stop_ids or base.stop_ids,
     )
 
 

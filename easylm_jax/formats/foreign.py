@@ -30,7 +30,8 @@ class Foreign:
     """An opened model. `read(name)` gives one tensor as the format has it, dequantised to float.
 
     Tensors whose name matches one of `ignored` (regular expressions) may be there and are not read.
-    `tokenizer()` builds the tokenizer that came with it. `chat_template` is its Jinja source.
+    `tokenizer()` builds the tokenizer that came with it. `chat_template` is its Jinja source. Each
+    of `stop_ids` ends an answer: Llama 3 Instruct has three.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Foreign:
     tokenizer: Callable[[], Tokenizer] | None = None
     chat_template: str | None = None
     ignored: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Model:
     params: Params
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
 
 
 def abstract_params(config: LlamaConfig) -> Params:

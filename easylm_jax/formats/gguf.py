@@ -29,6 +29,8 @@ __all__ = ["is_gguf", "open_gguf", "write_gguf"]
 TABLES = {"llama": GGUF_LLAMA, "qwen2": GGUF_QWEN2}
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling: H/2 divisors of the frequencies
 
+STOPS = tuple(f"tokenizer.ggml.{which}_token_id" for which in ("eos", "eot", "eom"))
+
 WRITABLE = {
     "f32": (Type.F32, LlamaFileType.ALL_F32),
     "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
@@ -61,6 +63,7 @@ def open_gguf(path: str) -> Foreign:
         tokenizer=None if pieces is None else lambda: tokenizer_of(metadata, name=path),
         chat_template=metadata.get("tokenizer.chat_template"),
         ignored=(f"^{ROPE_FACTORS}$",),
+        stop_ids=tuple(dict.fromkeys(metadata[key] for key in STOPS if key in metadata)),
     )
 
 
@@ -309,6 +312,9 @@ def _metadata(model: Model, architecture: str, dtype: str) -> dict[str, Any]:
     tokens = tokenizer_to_metadata(model.tokenizer, vocab_size=config.vocab_size)
     if model.chat_template:
         tokens["tokenizer.chat_template"] = model.chat_template
+    if model.tokenizer:
+        others = [i for i in model.stop_ids if i != model.tokenizer.eos_id]
+        tokens |= dict(zip(STOPS[1:], others, strict=False))
     return general | {f"{architecture}.{key}": value for key, value in shape.items()} | tokens
 
 

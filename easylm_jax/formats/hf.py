@@ -70,6 +70,7 @@ def open_hf(path: str) -> Foreign:
         tokenizer=(lambda: load_tokenizer(path)) if has_tokenizer else None,
         chat_template=_read_chat_template(folder),
         ignored=(INV_FREQ, r"^lm_head\.weight$") if config.tie_embeddings else (INV_FREQ,),
+        stop_ids=_read_stop_ids(folder),
     )
 
 
@@ -152,6 +153,18 @@ def _read_chat_template(folder: Path) -> str | None:
     return found
 
 
+def _read_stop_ids(folder: Path) -> tuple[int, ...]:
+    """What `generation_config.json` says, else `config.json`: one id or several."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        found = _read_json(file).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(f"{file} has eos_token_id = {found!r}: expected an id or a list")
+            return tuple(ids)
+    return ()
+
+
 # ---- writing ------------------------------------------------------------------------------------
 
 
@@ -212,6 +225,8 @@ def _small_files(model: Model, dtype: str) -> dict[str, bytes]:
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         files |= tokenizer_files(tokenizer)
+    if model.stop_ids:
+        ids["eos_token_id"] = model.stop_ids[0] if len(model.stop_ids) == 1 else [*model.stop_ids]
     files["config.json"] = _as_json(config_to_hf(model.config) | {"torch_dtype": dtype} | ids)
     files["generation_config.json"] = _as_json(ids)
     if len(shards) > 1:
