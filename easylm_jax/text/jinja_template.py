@@ -1,25 +1,28 @@
 """JinjaTemplate: the chat template that a model file brings along, as `render` takes templates.
 
-Its source is a stranger's program: it runs in Jinja's sandbox with a bound on its steps. It is
-rendered with marks in place of the contents, so that what the template wrote and what people wrote
-stay apart: special tokens are recognised in the former alone. The marked rendering, its marks
-replaced, must then equal the rendering of the contents themselves.
+Its source is a stranger's program: it runs in Jinja's sandbox with bounds on its steps and on the
+text it handles, by which its memory stays under about 1 GB. It is rendered with marks in place of
+the contents, so that what the template wrote and what people wrote stay apart: special tokens are
+recognised in the former alone. The marked rendering, its marks replaced, must then equal the
+rendering of the contents themselves.
 
 What it is not: the templates that we train with (`template.py`), which are data.
 """
 
+import contextvars
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, MappingView, Sequence
 from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import ext, nodes
+from jinja2 import ext, nodes, visitor
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from easylm_jax.text.example import Segment
@@ -28,7 +31,12 @@ from easylm_jax.text.tokenizer import Tokenizer
 
 MAX_STEPS = 100_000  # of loops and macros in one rendering
 MAX_PRODUCT = 1_000_000
-STEPS = "\0steps"  # a variable of the rendering that no template can name
+MAX_TEXT = 100_000_000  # characters that its operators, filters and methods are given in all
+MAX_AT_ONCE = 10_000_000
+OBJECT = 50  # what an entry of a list weighs beside its characters
+MAX_INDENT = 8
+PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "encode")  # of str
+GROWING = ("center", "format", "indent", "slice", "batch", "sum", "wordwrap", "urlize", "xmlattr")
 EDGE = "\u2003"  # white space around a mark: where the template strips contents, it is gone
 
 
@@ -122,9 +130,9 @@ class JinjaTemplate:
             "add_generation_prompt": generate,
             "tools": None,
             "documents": None,
-            STEPS: itertools.count(),
             **self._tokens,
         }
+        _used.set(_Used())
         try:
             return self._compiled.render(variables)
         except Exception as error:  # a stranger's program may raise anything
@@ -135,18 +143,148 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Also without products and powers that would take hours or all memory."""
+@dataclasses.dataclass
+class _Used:
+    """By the rendering so far."""
 
-    intercepted_binops = frozenset(["*", "**"])
+    steps: int = 0
+    text: int = 0
+
+
+_used: contextvars.ContextVar[_Used] = contextvars.ContextVar("used")
+
+
+def _charge(*values: Any, times: int = 1) -> None:
+    """Before text is made of `values`; a SecurityError where it is too much."""
+    used, weight = _used.get(), sum(map(_weight, values)) * times
+    used.text += weight
+    if weight > MAX_AT_ONCE or used.text > MAX_TEXT:
+        raise SecurityError("it makes too much text")
+
+
+def _weight(value: Any) -> int:
+    """At least the characters of `str(value)`; a list may hold the same text many times."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, jinja2.utils.Namespace):
+        raise SecurityError("a namespace is no text")
+    if not isinstance(value, list | tuple | Mapping | MappingView):
+        return OBJECT
+    total = 0
+    parts = itertools.chain(*value.items()) if isinstance(value, Mapping) else value
+    for part in parts:
+        total += OBJECT + _weight(part)
+        if total > MAX_AT_ONCE:
+            break
+    return total
+
+
+def _made(result: Any) -> Any:
+    """Many small texts take more than the text that they were cut from."""
+    if isinstance(result, list | tuple):
+        _charge(result)
+    return result
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Also without what would take hours or all memory."""
+
+    intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        size = 1
-        for value in (left, right):
-            size *= len(value) if isinstance(value, str | list | tuple) else abs(value)
-        if size > MAX_PRODUCT or operator == "**":
-            raise SecurityError("a product is too large")
-        return super().call_binop(context, operator, left, right)
+        if operator == "%" and isinstance(left, str):
+            raise SecurityError("the % of texts is not allowed: use ~")
+        if operator in ("*", "**"):
+            size = 1
+            for value in (left, right):
+                size *= len(value) if isinstance(value, str | list | tuple) else abs(value)
+            if size > MAX_PRODUCT or operator == "**":
+                raise SecurityError("a product is too large")
+        result = super().call_binop(context, operator, left, right)
+        if not isinstance(result, int | float):
+            _charge(result)
+        return result
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        pads = attr in PADDING if isinstance(obj, str) else isinstance(obj, int | float | bytes)
+        return not pads and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        if super().wrap_str_format(value):
+            raise SecurityError("the method format is not allowed: use ~")
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str):
+            if guarded := {"join": _join, "replace": _replace}.get(__obj.__name__):
+                return guarded(owner, *args, **kwargs)
+            _charge(owner, *args)
+            return _made(super().call(__context, __obj, *args, **kwargs))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    @staticmethod
+    def concat(parts: Iterable[str]) -> str:
+        """What Jinja makes the output, macros and blocks of; here also `~`."""
+        parts = list(parts)
+        _charge(*parts)
+        return "".join(map(str, parts))
+
+    @staticmethod
+    def cut(value: Any, start: int | None, stop: int | None, step: int | None) -> Any:
+        """`value[start:stop:step]`"""
+        _charge(value)
+        return value[start:stop:step]
+
+
+def _join(separator: str, items: Iterable[Any]) -> str:
+    items = list(items)
+    _charge(*items)
+    _charge(separator, times=len(items))
+    return separator.join(items)
+
+
+def _replace(text: str, old: str, new: str, count: int = -1) -> str:
+    _charge(text)
+    _charge(new, times=text.count(old))
+    return text.replace(old, new, count)
+
+
+def _join_filter(value: Iterable[Any], d: Any = "", attribute: str | None = None) -> str:
+    items = list(value)
+    for name in attribute.split(".") if attribute else ():
+        items = [item[name] for item in items]
+    _charge(*items)  # before they become texts
+    return _join(str(d), map(str, items))
+
+
+def _finalize(value: Any) -> Any:
+    """Jinja calls it on every value before it is written."""
+    _charge(value)
+    return value
+
+
+def _to_json(
+    value: Any, *, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False
+) -> str:
+    _charge(value)
+    if indent is not None and not 0 <= indent <= MAX_INDENT:
+        raise SecurityError(f"an indent of {indent} is too large")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+def _charged(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja with its arguments weighed, or refused as it can make much of little."""
+
+    passed = hasattr(work, "jinja_pass_arg")  # Jinja's own context comes first
+
+    @functools.wraps(work)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if name in GROWING:
+            raise SecurityError(f"the filter {name} is not allowed")
+        _charge(*args[passed:], *kwargs.values())
+        return _made(work(*args, **kwargs))
+
+    return run
 
 
 class _GenerationTag(ext.Extension):
@@ -160,21 +298,45 @@ class _GenerationTag(ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class _Watch(visitor.NodeTransformer):
+    """`a ~ b` and `a[b:c]` as calls of the sandbox: Jinja has no other way to see to them."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        parts = nodes.List(self.generic_visit(node).nodes)
+        return _call("concat", parts).set_lineno(node.lineno)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        node, cut = self.generic_visit(node), node.arg
+        if not isinstance(cut, nodes.Slice):
+            return node
+        bounds = [bound or nodes.Const(None) for bound in (cut.start, cut.stop, cut.step)]
+        return _call("cut", node.node, *bounds).set_lineno(node.lineno)
+
+
+def _call(name: str, *args: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
+
+
 def _compile(source: str) -> jinja2.Template:
     """The template in an environment as transformers makes it, with a count of its steps."""
     environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, _GenerationTag]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[ext.loopcontrols, _GenerationTag],
+        finalize=_finalize,
+        optimized=False,  # nothing of it runs before `render`
     )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    del environment.globals["lipsum"]
+    known = environment.filters.items()
+    environment.filters = {name: _charged(name, work) for name, work in known}
+    safe = {"tojson": _to_json, "join": _join_filter, "replace": lambda s, *a: _replace(str(s), *a)}
+    environment.filters.update(safe)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     environment.step = _step
-    tree = environment.parse(source)
+    tree = _Watch().visit(environment.parse(source))
     for body in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-        call = nodes.Call(
-            nodes.EnvironmentAttribute("step"), [nodes.ContextReference()], [], None, None
-        )
-        body.body.insert(0, nodes.ExprStmt(call).set_lineno(body.lineno))
+        body.body.insert(0, nodes.ExprStmt(_call("step")).set_lineno(body.lineno))
     code = environment.compile(tree)
     return jinja2.Template.from_code(environment, code, environment.globals)
 
@@ -183,6 +345,8 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _step(context: jinja2.runtime.Context) -> None:
-    if next(context.parent[STEPS]) > MAX_STEPS:
+def _step() -> None:
+    used = _used.get()
+    used.steps += 1
+    if used.steps > MAX_STEPS:
         raise SecurityError(f"it takes more than {MAX_STEPS} steps")

@@ -53,6 +53,7 @@ LLAMA3 = """
 {%- endif %}
 """
 SOURCES = {"smollm2": SMOLLM2, "llama2": LLAMA2, "llama3": LLAMA3}
+TWO_MB = "{% set n = namespace(x='a' * 1000000 + 'a' * 1000000) %}"
 ENDS = {"smollm2": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot_id|>"}
 
 
@@ -142,6 +143,35 @@ def test_llama2_in_jinja_is_our_llama2():
         ),
         ("{{ 'a' * 10 ** 11 }}", "a product is too large"),
         ("{{ 'aaaaaaaaaa' * 999999 }}", "a product is too large"),
+        (
+            f"{TWO_MB}{{% for i in range(99) %}}{{% set n.x = n.x ~ n.x %}}{{% endfor %}}",
+            "too much text",
+        ),
+        (
+            f"{TWO_MB}{{% for i in range(99) %}}{{% set n.x = n.x + n.x %}}{{% endfor %}}",
+            "too much text",
+        ),
+        (f"{TWO_MB}{{% for i in range(99) %}}{{{{ n.x }}}}{{% endfor %}}", "too much text"),
+        (f"{TWO_MB}{{{{ n.x.replace('a', n.x) }}}}", "too much text"),
+        (f"{TWO_MB}{{{{ n.x | replace('a', n.x) }}}}", "too much text"),
+        (f"{TWO_MB}{{{{ n.x.join(n.x) }}}}", "too much text"),
+        (f"{TWO_MB}{{{{ range(9999) | map('default', 1) | join(n.x) }}}}", "too much text"),
+        (f"{TWO_MB}{{% set l = [n.x] * 99 %}}{{{{ [l] * 99 }}}}", "too much text"),
+        (
+            f"{TWO_MB}{{% for i in range(99) %}}{{% set a = n.x[1:] %}}{{% endfor %}}",
+            "too much text",
+        ),
+        (f"{TWO_MB}{{{{ n.x | list }}}}", "too much text"),
+        (f"{TWO_MB}{{{{ n }}}}", "a namespace is no text"),
+        ("{{ '%50000000d' % 1 }}", "% of texts is not allowed"),
+        ("{{ '%50000000d' | format(1) }}", "the filter format is not allowed"),
+        ("{{ ['a'] | map('center', 50000000) | list }}", "the filter center is not allowed"),
+        ("{{ '{:50000000d}'.format(1) }}", "the method format is not allowed"),
+        ("{{ 'a'.center(50000000) }}", "fails: SecurityError: access to attribute 'center'"),
+        ("{{ ('a' | attr('zfill'))(50000000) }}", "fails: SecurityError"),
+        ("{{ (1).to_bytes(50000000, 'big') }}", "fails: SecurityError"),
+        ("{{ [1] | tojson(indent=50000000) }}", "an indent of 50000000 is too large"),
+        ("{{ lipsum(n=9999999) }}", "fails: UndefinedError"),
         ("{{ messages[0].content | upper }}", "rewrites what people say"),
         ("{{ 'long' if messages[0].content | length > 20 else 'short' }}", "rewrites what people"),
     ],
