@@ -76,6 +76,8 @@ def open_easylm(path: str, config: LlamaConfig | None = None) -> Foreign:
     stored = _index(str(file))
     shapes = {name: x.shape for name, x in stored.items()}
     config = config or _config_beside(file) or _matching_preset(shapes, path)
+    if config.tie_embeddings and not _is_tied(str(file), stored):
+        config = dataclasses.replace(config, tie_embeddings=False)
     tokenizer = file.parent / "tokenizer"
     return Foreign(
         path=path,
@@ -86,6 +88,13 @@ def open_easylm(path: str, config: LlamaConfig | None = None) -> Foreign:
         tokenizer=(lambda: load_tokenizer(str(tokenizer))) if tokenizer.is_dir() else None,
         ignored=(f"^{HEAD}$",) if config.tie_embeddings else (),
     )
+
+
+def _is_tied(file: str, stored: dict[str, _Stored]) -> bool:
+    """Whether a head that is there is a copy of the embedding, as EasyLM's code needs one."""
+    if HEAD not in stored or EMBEDDING not in stored:
+        return True
+    return np.array_equal(_read(file, stored[HEAD]), _read(file, stored[EMBEDDING]).T)
 
 
 def _file_of(path: str) -> Path:

@@ -1,5 +1,6 @@
 """EasyLM's files as EasyLM and flax write them: streams, trees, train states, chunks, prefixes."""
 
+import dataclasses
 import json
 
 import flax.serialization
@@ -203,3 +204,15 @@ def test_other_files_get_a_sentence(tmp_path):
         path.write_bytes(content)
         assert not is_easylm(str(path))
     assert not is_easylm(str(tmp_path))
+
+
+def test_a_head_of_its_own_is_read_whatever_the_configuration_says(tmp_path):
+    write_easylm(Model(CONFIG, tiny_params()), str(tmp_path / "untied"))
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
+    foreign = open_easylm(str(tmp_path / "untied"), tied)
+    assert foreign.config == CONFIG
+    params = import_params(foreign, on_one_device(foreign.config))
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], tiny_params()["lm_head"]["kernel"])
+    params.pop("lm_head")
+    write_easylm(Model(tied, params), str(tmp_path / "tied"))
+    assert open_easylm(str(tmp_path / "tied"), tied).config == tied
