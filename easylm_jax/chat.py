@@ -39,12 +39,13 @@ class Chat:
         """`options` are those of `LanguageModel.chat`."""
         self.messages: list[dict[str, str]] = []
         self._lm, self._seed, self._options = lm, seed, options
+        self._saved: set[Path] = set()
         self.set_system(system)
 
     def set_system(self, text: str) -> None:
         """Raises ValueError, and changes nothing, if the template has no place for it."""
         system = [{"role": "system", "content": text}] if text else []
-        render(self._lm.template, [*system, {"role": "user", "content": ""}], generate=True)
+        render(self._lm.template, [*system, {"role": "user", "content": "a"}], generate=True)
         self.messages = system + [m for m in self.messages if m["role"] != "system"]
 
     def say(self, text: str, on_text: Callable[[str], None]) -> None:
@@ -84,10 +85,16 @@ class Chat:
         if name == "/save":
             if not rest:
                 raise ValueError("/save needs the name of a file")
-            saved = {"template": self._lm.template.name, "messages": self.messages}
-            Path(rest).write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
-            return f"{len(self.messages)} messages written to {rest}"
+            return self._save(Path(rest))
         raise ValueError(f"there is no command {name}: /help shows those there are")
+
+    def _save(self, file: Path) -> str:
+        if file.exists() and file.absolute() not in self._saved:
+            raise ValueError(f"{file} is there already: /save under another name")
+        content = {"template": self._lm.template.name, "messages": self.messages}
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self._saved.add(file.absolute())
+        return f"{len(self.messages)} messages written to {file}"
 
 
 def talk(
@@ -127,6 +134,14 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"arguments {argv[1:]} are not understood; write --model=PATH")
     if options.template:
         find_template(options.template)  # before minutes of loading
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    bold, dim, plain = (BOLD, DIM, PLAIN) if at_terminal else ("", "", "")
+
+    def tell(text: str) -> None:
+        print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)
+
+    if at_terminal:
+        tell(f"loading {options.model} ...")
     lm = load(
         options.model, dtype=options.dtype, template=options.template, tokenizer=options.tokenizer
     )
@@ -152,21 +167,15 @@ def main(argv: list[str]) -> None:
         chat.say(options.message, write)
         print()
         return
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    bold, dim, plain = (BOLD, DIM, PLAIN) if at_terminal else ("", "", "")
     # Readline counts what stands between \1 and \2 as having no width.
     prompt = f"\1{bold}\2> \1{plain}\2" if at_terminal else ""
     if at_terminal:
         with contextlib.suppress(ImportError):  # not on every system
             import readline  # noqa: F401  # `input` can then edit and recall lines
-
-    def tell(text: str) -> None:
-        print(f"{dim}{text}{plain}", file=sys.stderr, flush=True)
-
     if at_terminal:
         tell(
-            f"{options.model}; template: {lm.template.name}; context: {lm.config.max_seq_len} "
-            "tokens; /help shows the commands"
+            f"template: {lm.template.name}; context: {lm.config.max_seq_len} tokens; /help shows "
+            "the commands; before the first answer the model compiles for some seconds"
         )
     talk(chat, lambda: input(prompt), write, tell)
     if at_terminal:

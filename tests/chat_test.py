@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from easylm_jax.chat import HELP, Chat, talk
-from easylm_jax.text.template import Template, find_template, render
+from easylm_jax.text.jinja_template import JinjaTemplate
+from easylm_jax.text.template import ChatTemplate, find_template, render
+from easylm_jax.text.tokenizer import ByteTokenizer
 
 
 @dataclasses.dataclass
 class Parrot:
     """In place of a LanguageModel: repeats the last message in two pieces."""
 
-    template: Template
+    template: ChatTemplate
     asked: list[Any] = dataclasses.field(default_factory=list)
     interrupt_after: int = 2  # pieces
 
@@ -83,6 +85,15 @@ def test_commands(tmp_path):
     assert [m["content"] for m in saved["messages"]] == ["Old.", "one", "You said one."]
 
 
+def test_save_replaces_only_what_this_conversation_wrote(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_text("precious")
+    _, _, _, told = _talk([f"/save {old}", f"/save {new}", "one", f"/save {new}"])
+    assert told[0] == f"error: {old} is there already: /save under another name"
+    assert old.read_text() == "precious"
+    assert told[1:] == [f"0 messages written to {new}", f"2 messages written to {new}"]
+
+
 def test_a_file_that_cannot_be_written_is_told():
     _, _, written, told = _talk(["/save /nowhere/at/all", "one"])
     assert "No such file" in told[0] and written == " You said one.\n"
@@ -115,5 +126,7 @@ def test_a_conversation_that_is_too_long_goes_on_after_reset():
 def test_a_system_message_without_a_place_is_refused_at_once():
     with pytest.raises(ValueError, match="no place for a system message"):
         _talk([], template="koala", system="Be kind.")
+    source = "{% for m in messages %}{% if m.content %}- {{ m.content }}{% endif %}{% endfor %}"
+    Chat(Parrot(JinjaTemplate(source, ByteTokenizer())), system="Be kind.")
     chat, _, _, told = _talk(["/system Be kind.", "one"], template="koala")
     assert "no place for a system message" in told[0] and len(chat.messages) == 2
