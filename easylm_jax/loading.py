@@ -36,13 +36,12 @@ from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig
 from easylm_jax.models.presets import preset
 from easylm_jax.preflight import check_same_model, check_vocabulary
 from easylm_jax.sharding import tree_shardings
-from easylm_jax.text.jinja_template import JinjaTemplate
+from easylm_jax.text.jinja_template import CHAT_TEMPLATE, JinjaTemplate, read_chat_template
 from easylm_jax.text.template import ChatTemplate, find_template
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from easylm_jax.workdir import read_config
 
 COMMIT = "commit.json"  # as in checkpoint.py, which brings 40 MB of Orbax that few models need
-CHAT_TEMPLATE = "chat_template.jinja"  # in tokenizer/, where transformers has it too
 SOUGHT_IN_FOLDER = (
     "checkpoints/ (a run of ours), config.json with weights (Hugging Face) or params.json with "
     "consolidated.*.pth (Meta)"
@@ -150,11 +149,12 @@ def target_params(config: LlamaConfig, mesh: Mesh) -> Params:
 def _find_template(
     opened: Opened, name: str | None, tokenizer: Tokenizer | None
 ) -> ChatTemplate | None:
-    """The template of that name, else the model's own, else the one its configuration names."""
-    if name is None and opened.chat_template and tokenizer:
+    """The template of that name, else the one its configuration names, else the model's own."""
+    if name := name or opened.template:
+        return find_template(name)
+    if opened.chat_template and tokenizer:
         return JinjaTemplate(opened.chat_template, tokenizer)
-    name = name or opened.template
-    return find_template(name) if name else None
+    return None
 
 
 # ---- foreign formats ----------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def open_native(path: str, checkpoints: str) -> Opened:
         config=config,
         read=functools.partial(_restore, checkpoints),
         tokenizer=functools.partial(load_tokenizer, str(tokenizer)) if tokenizer.exists() else None,
-        chat_template=_chat_template_in(tokenizer),
+        chat_template=read_chat_template(str(tokenizer)),
         template=saved.get("template"),
         is_stacked=config.scan_layers,
         stop_ids=tuple(saved.get("stop_ids", ())),
@@ -278,7 +278,7 @@ def find_tokenizer(spec: str) -> Tokenizer:
 def find_chat_template(spec: str) -> str | None:
     """The Jinja source that lies with the tokenizer which `spec` names, if any."""
     opened = _model_with_tokenizer(spec)
-    return opened.chat_template if opened else _chat_template_in(epath.Path(spec))
+    return opened.chat_template if opened else read_chat_template(spec)
 
 
 def save_tokenizer(tokenizer: Tokenizer, chat_template: str | None, folder: str) -> None:
@@ -294,15 +294,6 @@ def _model_with_tokenizer(spec: str) -> Opened | None:
     if checkpoints := find_checkpoints(spec):
         return open_native(spec, checkpoints)
     return of_foreign(open_foreign(spec)) if find_format(spec) else None
-
-
-def _chat_template_in(folder: epath.Path) -> str | None:
-    if (folder / CHAT_TEMPLATE).exists():
-        return (folder / CHAT_TEMPLATE).read_text()
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    said = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
-    return said if isinstance(said, str) else None
 
 
 def file_dtype(foreign: Foreign) -> FloatName:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import struct
 import subprocess
 import sys
@@ -258,6 +259,22 @@ def test_load_gives_the_logits_of_the_model(dtype, tmp_path):
     expected = np.asarray(output_logits(model.params, hidden))[0]
     got = np.asarray(lm.logits(ids[0].tolist())).reshape(expected.shape)
     np.testing.assert_allclose(got, expected, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+def test_the_template_a_run_was_trained_with_comes_before_that_of_its_tokenizer(tmp_path):
+    model = random_model(tokenizer=ByteTokenizer(), chat_template=TEMPLATE)
+    run = write("native", model, tmp_path)
+    assert load(run).template.name == "the model's own"
+    config = Path(run) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"template": "vicuna"}))
+    assert load(run).template.name == "vicuna"
+    assert load(run, template="plain").template.name == "plain"
+
+
+def test_of_templates_with_names_the_default_counts(tmp_path):
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert find_chat_template(str(tmp_path)) == TEMPLATE
 
 
 def test_wrong_arguments_of_load_are_told(tmp_path):

@@ -23,10 +23,10 @@ from easylm_jax.formats.hf_config import config_from_hf, config_to_hf
 from easylm_jax.formats.hf_tokenizer import tokenizer_files
 from easylm_jax.formats.names import HF
 from easylm_jax.formats.torch_file import LazyTensor, open_torch_file
+from easylm_jax.text.jinja_template import CHAT_TEMPLATE, read_chat_template
 from easylm_jax.text.tokenizer import load_tokenizer
 
 MAX_SHARD_BYTES = 2 * 10**9  # a larger tensor has a shard of its own
-CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "tokenizer.bytes")
 INV_FREQ = r"rotary_emb\.inv_freq$"  # a buffer in files of old, which the configuration implies
 
@@ -68,7 +68,7 @@ def open_hf(path: str) -> Foreign:
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         read=lambda name: tensors[name].read(),
         tokenizer=(lambda: load_tokenizer(path)) if has_tokenizer else None,
-        chat_template=_read_chat_template(folder),
+        chat_template=read_chat_template(path),
         ignored=(INV_FREQ, r"^lm_head\.weight$") if config.tie_embeddings else (INV_FREQ,),
         stop_ids=_read_stop_ids(folder),
     )
@@ -113,6 +113,9 @@ def _shards_of(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f'{index} has no "weight_map" from tensors to files: get it again')
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}: expected the plain name of a file beside it")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
@@ -140,29 +143,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: expected a JSON object")
     return content
-
-
-def _read_chat_template(folder: Path) -> str | None:
-    if (folder / CHAT_TEMPLATE).exists():
-        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    found = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):  # several, with names
-        found = {one["name"]: one["template"] for one in found}.get("default")
-    return found
-
-
-def _read_stop_ids(folder: Path) -> tuple[int, ...]:
-    """What `generation_config.json` says, else `config.json`: one id or several."""
-    for file in (folder / "generation_config.json", folder / "config.json"):
-        found = _read_json(file).get("eos_token_id") if file.exists() else None
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(type(i) is int for i in ids):
-                raise ValueError(f"{file} has eos_token_id = {found!r}: expected an id or a list")
-            return tuple(ids)
-    return ()
 
 
 # ---- writing ------------------------------------------------------------------------------------

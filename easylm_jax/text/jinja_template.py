@@ -22,6 +22,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+from etils import epath
 from jinja2 import ext, nodes, visitor
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
@@ -29,6 +30,7 @@ from easylm_jax.text.example import Segment
 from easylm_jax.text.template import Message, add_text
 from easylm_jax.text.tokenizer import Tokenizer
 
+CHAT_TEMPLATE = "chat_template.jinja"  # beside a tokenizer, as transformers has it
 MAX_STEPS = 100_000  # of loops and macros in one rendering
 MAX_PRODUCT = 1_000_000
 MAX_TEXT = 100_000_000  # characters that its operators, filters and methods are given in all
@@ -38,6 +40,22 @@ MAX_INDENT = 8
 PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "encode")  # of str
 GROWING = ("center", "format", "indent", "slice", "batch", "sum", "wordwrap", "urlize", "xmlattr")
 EDGE = "\u2003"  # white space around a mark: where the template strips contents, it is gone
+
+
+def read_chat_template(folder: str) -> str | None:
+    """The source that lies in `folder`: a file of its own, or part of `tokenizer_config.json`."""
+    own, config = epath.Path(folder) / CHAT_TEMPLATE, epath.Path(folder) / "tokenizer_config.json"
+    if own.exists():
+        return own.read_text()
+    if not config.exists():
+        return None
+    try:
+        found = json.loads(config.read_text()).get("chat_template")
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from None
+    if isinstance(found, list):  # several, with names
+        found = {one["name"]: one["template"] for one in found}.get("default")
+    return found
 
 
 class JinjaTemplate:
