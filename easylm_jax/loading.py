@@ -16,7 +16,6 @@ Named by that folder, by its `checkpoints`, or by one step inside.
 
 import dataclasses
 import functools
-import json
 import os
 import typing
 from collections.abc import Callable

@@ -145,6 +145,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _read_stop_ids(folder: Path) -> tuple[int, ...]:
+    """What `generation_config.json` says, else `config.json`: one id or several."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        found = _read_json(file).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(f"{file} has eos_token_id = {found!r}: expected an id or a list")
+            return tuple(ids)
+    return ()
+
+
 # ---- writing ------------------------------------------------------------------------------------
 
 
