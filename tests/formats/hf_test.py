@@ -422,6 +422,10 @@ def test_only_folders_of_the_format_are_taken_for_it(tmp_path):
         ("shape", r"model.norm.weight \(expected \[32\], got \[4\]\)"),
         ("missing_shard", "names 2 files of which 1 are missing, b.safetensors first"),
         ("index", 'index.json has no "weight_map"'),
+        ("../weights", "names '../weights': expected the plain name of a file"),
+        ("/dev/zero", "names '/dev/zero': expected"),
+        ("..", "names '..': expected"),
+        (["a"], r"names \['a'\]: expected"),
     ],
 )
 def test_a_damaged_folder_gets_one_sentence(damage, sentence, tmp_path):
@@ -433,7 +437,7 @@ def test_a_damaged_folder_gets_one_sentence(damage, sentence, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def _damage(folder, kind: str) -> None:
+def _damage(folder, kind) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     content, index = weights.read_bytes(), folder / "model.safetensors.index.json"
     match kind:
@@ -458,6 +462,9 @@ def _damage(folder, kind: str) -> None:
         case "index":
             weights.unlink()
             index.write_text("{}")
+        case "../weights" | "/dev/zero" | ".." | ["a"]:
+            weights.rename(folder / "a.safetensors")
+            index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": kind}}))
         case _:
             tensors = load_file(weights)
             if kind == "missing":
