@@ -12,10 +12,12 @@ has, bfloat16 stays bfloat16 bit for bit; `--dtype` changes it. A file that mixe
 float32 (GGUF's norms) becomes float32.
 
 Everything is written in a folder `PATH.partial` beside the target and renamed when it is whole. A
-failure removes that folder; killed by -9, it stays, and the next conversion to PATH clears it.
+failure removes that folder; killed by -9, it stays, and the next conversion to PATH clears it, and
+puts back what an --overwrite had moved aside in it.
 
 Weight diffs: `--diff=make --base=B --from=F --to=D` writes F - B, `--diff=apply --base=B --from=D
---to=F` gives F back and compares its checksum with the one noted beside D. `--diff=make_exact`
+--to=F` gives F back and compares the checksum of the sum in float32, before any `--dtype`, with the
+one noted beside D. `--diff=make_exact`
 gives every bit back, and only this program can apply it (`formats/diff.py`).
 """
 
@@ -67,6 +69,7 @@ from easylm_jax.tree import named_leaves, num_elements
 
 FORMATS = ("native", "hf", "gguf", "meta", "easylm")
 DIFF_FORMATS = ("easylm", "hf", "meta")  # folders, which have room for the checksum
+REPLACED = "replaced"  # in PATH.partial: what was at PATH, until its successor is there
 FLOATS = typing.get_args(FloatName)
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "q8_0": 8.5, "q4_0": 4.5}  # per parameter
 GGUF_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -137,7 +140,7 @@ def convert(
         check_vocabulary(text, config.vocab_size)
     abstract = _on_host(config)
     num_params = num_elements(abstract)
-    with whole_or_absent(Path(target)) as path:
+    with whole_or_absent(Path(target), overwrite=overwrite) as path:
         _check_space(target, path, num_params * BITS[dtype or param_dtype] / 8)
         params = opened.read(abstract)
         result = Model(config, params, text, opened.chat_template, opened.stop_ids)
@@ -176,7 +179,11 @@ def _check_arguments(
     allowed = BITS if to_format == "gguf" else FLOATS
     if dtype and dtype not in allowed:
         raise ValueError(f"--dtype={dtype} is not one of {', '.join(allowed)} ({to_format} output)")
-    if Path(target).exists() and not overwrite:
+    _check_absent(Path(target), overwrite=overwrite)
+
+
+def _check_absent(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
         raise ValueError(f"{target} is there already: pass another --to, or --overwrite")
 
 
@@ -189,13 +196,15 @@ def _diff(
     opened, exact = open_foreign(base, model=model), kind == "make_exact"
     if kind == "apply":
         result = add(opened, foreign)
-        print(f"checksum of the result: {check_result(result, foreign.path)}")
+        print(
+            f"checksum of the sum, float32 before any --dtype: {check_result(result, foreign.path)}"
+        )
         return result, None
 
     def record(folder: str) -> None:
         result = add(opened, open_foreign(folder), exact=exact)
         found = save_record(folder, result, target_sha256=checksum(foreign), exact=exact)
-        print(f"checksum of what the diff gives: {found}")
+        print(f"checksum of what the diff gives, float32 before any --dtype: {found}")
 
     return subtract(foreign, opened, exact=exact), record
 
@@ -259,7 +268,7 @@ def write_native(model: Model, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_absent(target: Path) -> Iterator[Path]:
+def whole_or_absent(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A path to write to; what is there when the block ends well becomes `target`, else nothing."""
     aside = target.with_name(f"{target.name}.partial")
     aside.mkdir(parents=True, exist_ok=True)
@@ -272,17 +281,30 @@ def whole_or_absent(target: Path) -> Iterator[Path]:
                 f"another process is converting to {target}: wait for it, or pass another --to"
             ) from None
         try:
+            if _put_back(aside, target):
+                print(f"putting back {target}, which a killed conversion was about to replace")
             for left in aside.iterdir():
                 print(f"removing {left}, which a killed conversion left")
                 _remove(left)
+            _check_absent(target, overwrite=overwrite)
             yield aside / target.name
+            _check_absent(target, overwrite=overwrite)  # it may have appeared meanwhile
             if target.exists():
-                target.rename(aside / "replaced")
+                target.rename(aside / REPLACED)
             (aside / target.name).rename(target)
         finally:
+            _put_back(aside, target)
             shutil.rmtree(aside)
     finally:
         os.close(descriptor)
+
+
+def _put_back(aside: Path, target: Path) -> bool:
+    """What was moved aside and has no successor is the target again; whether there was any."""
+    if not (aside / REPLACED).exists() or target.exists():
+        return False
+    (aside / REPLACED).rename(target)
+    return True
 
 
 def _remove(path: Path) -> None:

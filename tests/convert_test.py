@@ -136,6 +136,32 @@ def test_two_at_once_do_not_meet(native, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_appears_at_the_target_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(ValueError, match="out is there already: .*--overwrite"):
+        with whole_or_absent(target) as path:
+            path.write_text("new")
+            target.write_text("precious")
+    assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_an_output_that_a_killed_overwrite_had_moved_aside_comes_back(is_folder, tmp_path, capsys):
+    target, aside = tmp_path / "out", tmp_path / "out.partial"
+    aside.mkdir()
+    old = aside / "replaced"
+    (old.mkdir() or old / "inside" if is_folder else old).write_text("precious")
+    (aside / "out").write_text("half")
+    with pytest.raises(ValueError, match="there already"):
+        with whole_or_absent(target) as path:
+            path.write_text("new")
+    assert (target / "inside" if is_folder else target).read_text() == "precious"
+    assert f"putting back {target}" in capsys.readouterr().out
+    with whole_or_absent(target, overwrite=True) as path:
+        path.write_text("new")
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
 # What happens to the process and the disk
 
 STRIKE = """
