@@ -110,8 +110,9 @@ def import_params(foreign: Foreign, target: Params) -> Params:
 
     Layers may be stacked or not. Host memory at any moment: one foreign tensor and the shards of
     this host of one parameter, beside the parameters that are finished. Raises ValueError as
-    `check_tensors` does.
+    `check_tensors` does, and for a parameter that the format has no name for.
     """
+    _check_named(target, foreign.table, f"the format of {foreign.path}")
     check_tensors(foreign)
     entries = {entry.ours: entry for entry in foreign.table}
     done = {}
@@ -173,17 +174,23 @@ def foreign_tensors(model: Model, table: Table) -> Iterator[tuple[str, np.ndarra
     take part. Raises ValueError for a parameter that has no name in the table.
     """
     leaves = named_leaves(model.params)
-    held = {re.sub(r"^layers_\d+/", "layers/", path) for path in leaves}
-    if nameless := sorted(held - {entry.ours for entry in table}):
-        raise ValueError(
-            f"the format has no tensor for the parameters {_listed(nameless)}: convert to another"
-        )
+    held = _check_named(model.params, table, "the format to write")
     for entry in table:
         if entry.ours not in held:
             continue
         for layer in range(model.config.num_layers if "{layer}" in entry.foreign else 1):
             x = _to_host(_leaf_of_layer(leaves, entry, layer))
             yield entry.foreign.format(layer=layer), to_foreign(entry, x, model.config)
+
+
+def _check_named(params: Params, table: Table, what: str) -> set[str]:
+    """The paths of the parameters, stacked; ValueError for those that are not in the table."""
+    paths = {re.sub(r"^layers_\d+/", "layers/", path) for path in named_leaves(params)}
+    if nameless := sorted(paths - {entry.ours for entry in table}):
+        raise ValueError(
+            f"{what} has no tensor for {_listed(nameless)}: take another format, or another model"
+        )
+    return paths
 
 
 def _leaf_of_layer(leaves: Mapping[str, jax.Array], entry: Entry, layer: int) -> jax.Array:

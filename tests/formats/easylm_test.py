@@ -206,6 +206,14 @@ def test_other_files_get_a_sentence(tmp_path):
     assert not is_easylm(str(tmp_path))
 
 
+def test_a_model_that_easylm_has_no_names_for_is_told(tmp_path):
+    config = dataclasses.replace(CONFIG, qkv_bias=True)
+    write_easylm(Model(CONFIG, tiny_params()), str(tmp_path))
+    foreign = open_easylm(str(tmp_path), config)
+    with pytest.raises(ValueError, match=f"format of {tmp_path} has no tensor for layers/.*bias"):
+        import_params(foreign, on_one_device(config))
+
+
 def test_a_head_of_its_own_is_read_whatever_the_configuration_says(tmp_path):
     write_easylm(Model(CONFIG, tiny_params()), str(tmp_path / "untied"))
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)

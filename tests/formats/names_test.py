@@ -100,5 +100,5 @@ def test_layers_of_their_own_are_written_as_stacked_ones():
     assert {name: x.tobytes() for name, x in tensors.items()} == stacked
     shapes = {name: x.shape for name, x in tensors.items()}
     assert shapes == foreign_shapes(TABLES["hf"], apart.config)
-    with pytest.raises(ValueError, match="no tensor for .*layers/attention/k/bias"):
+    with pytest.raises(ValueError, match="no tensor for layers/attention/k/bias"):
         dict(foreign_tensors(apart, TABLES["meta"]))
