@@ -75,6 +75,17 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+class _Refused(ValueError):
+    """The file asks to run something."""
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(type(n) is int for n in numbers):
+        raise ValueError(f"a tensor of shape {shape!r} in {storage!r}")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows the names a dictionary of tensors needs. Functions are made anew for each file, since
     a pickle can set attributes of what it is given."""
@@ -88,19 +99,21 @@ class _Unpickler(pickle.Unpickler):
             case "collections", "OrderedDict":
                 return collections.OrderedDict
             case "torch._utils", "_rebuild_tensor_v2":
-                return lambda *args: _Tensor(*args[:4])
+                return lambda *args: _rebuild(*args)
             case "torch._utils", "_rebuild_parameter":
                 return lambda *args: args[0]
             case "torch", _ if name in STORAGES:
                 return name
-        raise ValueError(
+        raise _Refused(
             f"{self._path} asks to run `{module}.{name}`, refused: only files that hold nothing "
             "but tensors are read, so save the state dict alone"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        _, kind, key, _, _ = pid
-        return _Storage(kind, key)
+        match pid:
+            case ("storage", str(kind), str(key), _, _) if kind in STORAGES:
+                return _Storage(kind, key)
+        raise ValueError(f"a storage {pid!r}")
 
 
 def open_torch_file(path: str) -> dict[str, LazyTensor]:
@@ -127,7 +140,9 @@ def _open_archive(archive: zipfile.ZipFile, path: str) -> dict[str, LazyTensor]:
         raise ValueError(f"{path} is a zip without data.pkl: expected a file of torch.save")
     order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
     content = _unpickle(archive.read(members["data.pkl"]), path)
-    tensors = {name: t for name, t in content.items() if isinstance(t, _Tensor)}
+    tensors = {
+        name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, _Tensor)
+    }
     if not tensors:
         raise ValueError(
             f"{path} holds no tensors by name, at its top or under {' or '.join(NESTED_UNDER)}: "
@@ -143,14 +158,14 @@ def _open_archive(archive: zipfile.ZipFile, path: str) -> dict[str, LazyTensor]:
         if info.filename not in starts:
             starts[info.filename] = _data_start(archive.fp, info)
         start = starts[info.filename] + tensor.offset * dtype.itemsize
-        opened[name] = LazyTensor(path, dtype, tuple(tensor.shape), tuple(tensor.strides), start)
+        opened[name] = LazyTensor(path, dtype, tensor.shape, tensor.strides, start)
     return opened
 
 
 def _unpickle(content: bytes, path: str) -> dict[str, Any]:
     try:
         found = _Unpickler(content, path).load()
-    except ValueError:
+    except _Refused:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(f"data.pkl in {path} is damaged: {error}") from None
@@ -170,7 +185,9 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 def _fits(tensor: _Tensor, itemsize: int, info: zipfile.ZipInfo) -> bool:
     """Whether the tensor lies inside its storage: `as_strided` would read other memory."""
     numbers = (tensor.offset, *tensor.shape, *tensor.strides)
-    if len(tensor.shape) != len(tensor.strides) or min(numbers) < 0 or info.compress_type:
+    if len(tensor.shape) != len(tensor.strides) or info.compress_type:
+        return False
+    if min(numbers) < 0 or max(numbers) >= 2**48:
         return False
     return (tensor.offset + _span(tensor.shape, tensor.strides)) * itemsize <= info.file_size
 

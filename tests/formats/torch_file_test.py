@@ -1,5 +1,7 @@
 """Files made by torch itself: types, views, nesting, and what must be refused."""
 
+import collections
+import io
 import os
 import pickle
 import zipfile
@@ -123,3 +125,50 @@ def test_damaged_files_get_a_sentence(tmp_path):
     refused("data.pkl in .* is damaged")
     edited(good, path, lambda m: m.update({"a/data.pkl": pickle.dumps([1, 2])}))
     refused("holds no tensors by name")
+
+
+class Call(collections.namedtuple("Call", "storage offset shape strides")):
+    """Pickled as torch pickles a tensor, with whatever arguments."""
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (*self, False, {})
+
+
+class Stored(tuple):
+    """What a pickle names by persistent id."""
+
+
+def pickled(content) -> bytes:
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, protocol=2)
+    pickler.persistent_id = lambda x: tuple(x) if isinstance(x, Stored) else None
+    pickler.dump(content)
+    return stream.getvalue()
+
+
+STORED = Stored(("storage", "FloatStorage", "0", "cpu", 400))
+
+
+@pytest.mark.parametrize(
+    "tensor, says",
+    [
+        (Call(Stored(("storage", "FloatStorage")), 0, (2, 2), (2, 1)), "data.pkl in .* damaged"),
+        (Call(Stored(("storage", "QStorage", "0", "cpu", 4)), 0, (2,), (1,)), "data.pkl in .* dam"),
+        (Call(Stored(("storage", [], "0", "cpu", 4)), 0, (2,), (1,)), "data.pkl in .* damaged"),
+        (Call("no storage", 0, (2, 2), (2, 1)), "data.pkl in .* damaged"),
+        (Call(STORED, 0, (2, "2"), (2, 1)), "data.pkl in .* damaged"),
+        (Call(STORED, 0.5, (2, 2), (2, 1)), "data.pkl in .* damaged"),
+        (Call(STORED, 0, 4, (2, 1)), "data.pkl in .* damaged"),
+        (Call(STORED, 0, (2, 2), (2,)), "tensor x of .* points outside"),
+        (Call(STORED, 0, (1, 2), (2**70, 1)), "tensor x of .* points outside"),
+    ],
+)
+def test_crafted_tensors_get_a_sentence(tensor, says, tmp_path):
+    torch.save({"x": random(20, 20)}, tmp_path / "a.pth")
+
+    def change(members):
+        members["a/data.pkl"] = pickled({"x": tensor})
+
+    edited(tmp_path / "a.pth", tmp_path / "b.pth", change)
+    with pytest.raises(ValueError, match=says):
+        open_torch_file(str(tmp_path / "b.pth"))["x"].read()
