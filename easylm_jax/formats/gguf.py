@@ -63,7 +63,7 @@ def open_gguf(path: str) -> Foreign:
         tokenizer=None if pieces is None else lambda: tokenizer_of(metadata, name=path),
         chat_template=metadata.get("tokenizer.chat_template"),
         ignored=(f"^{ROPE_FACTORS}$",),
-        stop_ids=tuple(dict.fromkeys(metadata[key] for key in STOPS if key in metadata)),
+        stop_ids=tuple(dict.fromkeys(i for i in map(metadata.get, STOPS) if type(i) is int)),
     )
 
 
@@ -82,15 +82,23 @@ def _config_of(header: Header, path: str) -> LlamaConfig:
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path} has no tensor token_embd.weight: it holds a vocabulary alone")
 
-    def of(key: str) -> Any:
-        return _needed(keys, f"{architecture}.{key}", path)
+    def of(key: str, otherwise: Any = None, *, kind: type = int) -> Any:
+        key = f"{architecture}.{key}"
+        found = _needed(keys, key, path) if otherwise is None else keys.get(key, otherwise)
+        if isinstance(found, list) and "head_count" in key:
+            raise ValueError(
+                f"the layers of {path} differ in their number of heads; ours are alike"
+            )
+        if type(found) is not kind or not found > 0:
+            raise ValueError(
+                f"{path} says {found!r} for {key}: expected a positive {kind.__name__}"
+            )
+        return found
 
     d_model, num_heads = of("embedding_length"), of("attention.head_count")
-    num_kv_heads = keys.get(f"{architecture}.attention.head_count_kv", num_heads)
-    if isinstance(num_heads, list) or isinstance(num_kv_heads, list):
-        raise ValueError(f"the layers of {path} differ in their number of heads; ours are alike")
-    head_dim = keys.get(f"{architecture}.attention.key_length", d_model // num_heads)
-    theta = keys.get(f"{architecture}.rope.freq_base", 10_000.0)
+    num_kv_heads = of("attention.head_count_kv", num_heads)
+    head_dim = of("attention.key_length", d_model // num_heads)
+    theta = of("rope.freq_base", 10_000.0, kind=float)
     return _with_rope_scaling(
         header,
         LlamaConfig(
@@ -102,7 +110,7 @@ def _config_of(header: Header, path: str) -> LlamaConfig:
             head_dim=head_dim,
             d_ff=of("feed_forward_length"),
             max_seq_len=of("context_length"),
-            norm_eps=_shortest(of("attention.layer_norm_rms_epsilon")),
+            norm_eps=_shortest(of("attention.layer_norm_rms_epsilon", kind=float)),
             rope_theta=_shortest(theta),
             tie_embeddings="output.weight" not in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,

@@ -106,12 +106,14 @@ def read_header(path: str) -> Header:
         tensors = [_tensor_info(cursor, path) for _ in range(num_tensors)]
     except (IndexError, OverflowError, MemoryError):
         raise ValueError(f"{path} ends inside its header: copy or download it again") from None
-    except (KeyError, UnicodeDecodeError) as error:
+    except (KeyError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} has a damaged header near byte {cursor.at} ({error}): copy or download it "
             "again"
         ) from None
     align = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if type(align) is not int or align < 1:
+        raise ValueError(f"{path} aligns its tensors to {align!r} bytes: copy or download it again")
     start = -(-cursor.at // align) * align
     placed = {k: dataclasses.replace(t, offset=start + t.offset) for k, t in tensors}
     ends = [t.offset + math.prod(t.raw_shape) for t in placed.values()]
@@ -128,9 +130,15 @@ def _tensor_info(cursor: _Cursor, path: str) -> tuple[str, TensorInfo]:
     shape = cursor.scalars("Q", cursor.one("I"))[::-1]
     kind, offset = cursor.one("I"), cursor.one("Q")
     try:
-        return name, TensorInfo(gguf.GGMLQuantizationType(kind), shape, offset)
+        tensor = TensorInfo(gguf.GGMLQuantizationType(kind), shape, offset)
     except ValueError:
         raise ValueError(
             f"tensor {name} of {path} has type number {kind}, which the installed gguf package "
             f"does not know: requantise the file, to Q8_0 say"
         ) from None
+    if not shape or shape[-1] % gguf.GGML_QUANT_SIZES[tensor.type][0]:
+        raise ValueError(
+            f"tensor {name} of {path} has the shape {list(shape)}, which {tensor.type.name} cannot "
+            "have: copy or download it again"
+        )
+    return name, tensor

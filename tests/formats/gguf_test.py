@@ -2,6 +2,7 @@
 
 import os
 import resource
+import struct
 
 import gguf
 import jax
@@ -283,6 +284,8 @@ FACTORS = np.linspace(1, 8, 64, dtype=np.float32)
         (dict(without=["block_count"]), "no metadata key llama.block_count"),
         (dict(arrays={"tokenizer.ggml.tokens": ["a"] * 7}), "7 pieces and .* 8 rows"),
         (dict(floats={"llama.rope.scale_linear": 4.0}), "rotary positions that are not ours"),
+        (dict(arrays={"llama.attention.head_count_kv": [1, 2]}), "differ in their number of heads"),
+        (dict(floats={"llama.attention.key_length": 8.0}), "says 8.0 for llama.attention.key_len"),
     ],
 )
 def test_other_models_are_refused(arguments, says, tmp_path):
@@ -320,6 +323,35 @@ def test_an_unknown_type_is_named(tmp_path):
     path.write_bytes(content[:at] + (77).to_bytes(4, "little") + content[at + 4 :])
     with pytest.raises(ValueError, match="token_embd.weight of .* type number 77"):
         open_gguf(str(path))
+
+
+def gguf_bytes(metadata: bytes = b"", *, shape=(4,), keys: int = 1) -> bytes:
+    """One tensor "x" of F32 numbers behind raw metadata."""
+    dims = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    tensor = struct.pack("<Q", 1) + b"x" + dims + struct.pack("<IQ", 0, 0)
+    return b"GGUF" + struct.pack("<IQQ", 3, 1, keys) + metadata + tensor + bytes(256)
+
+
+def one_key(name: bytes, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (gguf_bytes(keys=0, shape=()), r"tensor x of .* has the shape \[\]"),
+        (gguf_bytes(one_key(b"general.alignment", 4, bytes(4))), "aligns its tensors to 0 bytes"),
+        (gguf_bytes(one_key(b"general.alignment", 8, bytes(8))), "aligns its tensors to '' bytes"),
+        (
+            gguf_bytes(one_key(b"deep", 9, struct.pack("<IQ", 9, 1) * 9000)),
+            "damaged header near byte",
+        ),
+    ],
+)
+def test_crafted_headers_get_a_sentence(content, says, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        open_gguf(str(tmp_path / "m.gguf"))
 
 
 def test_every_cut_of_a_file_is_told(tmp_path):
