@@ -58,8 +58,9 @@ def open_meta(path: str) -> Foreign:
 def _read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_text())
-        missing = {"dim", "n_layers", "n_heads", "norm_eps", "multiple_of"} - set(params)
-    except (ValueError, TypeError):
+        needed = {"dim", "n_layers", "n_heads", "norm_eps", "multiple_of"}
+        missing = {key for key in needed if not isinstance(params.get(key), (int, float))}
+    except (ValueError, AttributeError):
         missing = {"a JSON object"}
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: get Meta's params.json again")
@@ -69,7 +70,7 @@ def _read_params(path: Path) -> dict[str, Any]:
 def _check_shards(shards: list[dict[str, LazyTensor]], d_model: int, path: str) -> None:
     """As many files as the width of the query matrix is cut into, each with the same tensors."""
     query = "layers.0.attention.wq.weight"
-    if query not in shards[0] or EMBEDDING not in shards[0]:
+    if query not in shards[0] or EMBEDDING not in shards[0] or not any(shards[0][query].shape[:1]):
         raise ValueError(f"consolidated.*.pth in {path} lacks {query}: expected LLaMA weights")
     expected = d_model // shards[0][query].shape[0]
     if len(shards) != expected:
@@ -87,8 +88,10 @@ def _check_shards(shards: list[dict[str, LazyTensor]], d_model: int, path: str) 
 
 def _cut_dim(name: str, shape: tuple[int, ...], d_model: int) -> int | None:
     if name == EMBEDDING:
-        return 0 if shape[1] == d_model else 1
-    return CUT.get(name.split(".")[-2])
+        dim = 0 if shape[1:] == (d_model,) else 1
+    else:
+        dim = CUT.get(name.rpartition(".")[0].rpartition(".")[2])
+    return dim if dim is not None and dim < len(shape) else None  # wrong shapes are told later
 
 
 def _whole_shape(name: str, shards: list[dict[str, LazyTensor]], d_model: int) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def save(folder, weights, params, *, shards=1, embedding_dim=1):
     for i in range(shards):
         part = {"rope.freqs": torch.zeros(4)}
         for name, x in weights.items():
-            kind = name.split(".")[-2]
+            kind = name.split(".")[-2:][0]
             if kind == "tok_embeddings":
                 x = np.split(x, shards, axis=embedding_dim)[i]
             elif kind in ("wo", "w2"):
@@ -170,6 +170,18 @@ def test_what_does_not_fit_gets_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"cannot state RopeScaling\(factor=4"):
         write_meta(Model(config, tiny_params()), str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_tensors_of_odd_names_and_shapes_are_told(tmp_path):
+    weights = random_weights(kv_heads=4, width=96)
+    weights |= {"foo": np.ones(3, np.float32), "norm.weight": np.float32([1])[0].reshape(())}
+    path = str(save(tmp_path, weights, LLAMA1))
+    with pytest.raises(ValueError, match=r"left over: foo; of another shape: norm\.weight"):
+        check_tensors(open_meta(path))
+    weights["layers.0.attention.wq.weight"] = np.ones((), np.float32)
+    save(tmp_path, weights, LLAMA1)
+    with pytest.raises(ValueError, match="lacks layers.0.attention.wq.weight"):
+        open_meta(path)
 
 
 def test_every_cut_file_keeps_its_own_tensors(tmp_path):
