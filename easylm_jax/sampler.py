@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int, Key
 
 from easylm_jax.array_types import Params
 from easylm_jax.mesh import BATCH_AXES
-from easylm_jax.models.decoding import KVCache
-from easylm_jax.models.llama import Llama, LlamaConfig, init_cache, output_logits
+from easylm_jax.models.decoding import KVCache, init_cache
+from easylm_jax.models.llama import Llama, LlamaConfig, output_logits
 from easylm_jax.sharding import constrain
 
 

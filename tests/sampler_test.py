@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from easylm_jax.mesh import make_mesh
-from easylm_jax.models.decoding import unstack_layers
-from easylm_jax.models.llama import PARAM_RULES, Llama, init_cache, output_logits
+from easylm_jax.models.decoding import init_cache, unstack_layers
+from easylm_jax.models.llama import PARAM_RULES, Llama, output_logits
 from easylm_jax.sampler import (
     SamplingConfig,
     bucket,

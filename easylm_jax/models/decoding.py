@@ -47,6 +47,19 @@ class KVCache:
         )
 
 
+def init_cache(config: Any, batch: int, length: int) -> KVCache:
+    """An empty cache of `length` slots for `batch` rows, in the compute type of a LlamaConfig."""
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+
+    def pair(*lead: int) -> tuple[Array, Array]:
+        shapes = (*lead, batch, K, H, length), (*lead, batch, K, length, H)
+        return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
+
+    layers = pair(L) if config.scan_layers else tuple(pair() for _ in range(L))
+    ids = jnp.zeros((batch, length), jnp.int32)
+    return KVCache(layers, segment_ids=ids, positions=ids, index=None)
+
+
 LayerCache = tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]
 
 

@@ -387,19 +387,6 @@ def output_logits(params: Params, hidden_BTD: Hidden) -> Logits:
     return dot(hidden_BTD, output_kernel(params)).astype(jnp.float32)
 
 
-def init_cache(config: LlamaConfig, batch: int, length: int) -> KVCache:
-    """An empty cache of `length` slots for `batch` rows, in the compute type."""
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-
-    def pair(*lead: int) -> tuple[Array, Array]:
-        shapes = (*lead, batch, K, H, length), (*lead, batch, K, length, H)
-        return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
-
-    layers = pair(L) if config.scan_layers else tuple(pair() for _ in range(L))
-    ids = jnp.zeros((batch, length), jnp.int32)
-    return KVCache(layers, segment_ids=ids, positions=ids, index=None)
-
-
 def init_params(config: LlamaConfig, key: PRNGKey) -> Params:
     """Fresh parameters: normal(0, init_std) throughout, residual outputs scaled, norms at 1."""
     mesh = jax.sharding.get_abstract_mesh()
