@@ -1,0 +1,152 @@
+"""Text in, text out: what `LanguageModel` adds to the sampler, by its own full forwards."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from easylm_jax.language_model import LanguageModel
+from easylm_jax.mesh import make_mesh
+from easylm_jax.models.llama import PARAM_RULES, init_params
+from easylm_jax.sharding import tree_shardings
+from easylm_jax.text.template import find_template
+from easylm_jax.text.tokenizer import ByteTokenizer
+from tests.tiny import tiny_config
+
+CONFIG = tiny_config(vocab_size=300)
+TEXT = "A cat"
+
+
+@functools.cache
+def _params():
+    made = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(0))
+    return jax.tree.map(lambda x: 6 * x, made)  # so that it prefers some bytes to others
+
+
+def _model(**changes) -> LanguageModel:
+    own = dict(tokenizer=ByteTokenizer(), template=find_template("plain"))
+    return LanguageModel(**dict(config=CONFIG, params=_params()) | own | changes)
+
+
+LM = _model()
+
+
+def _same(a, b):
+    assert [(x.text, x.ids, x.finish_reason) for x in a] == [
+        (x.text, x.ids, x.finish_reason) for x in b
+    ]
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x.log_probs, y.log_probs, atol=2e-3)
+
+
+def _log_softmax(ids, *, size=None):
+    logits = np.asarray(LM.logits(ids), np.float64)[:, :size]
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def test_likelihoods_are_sums_of_log_softmax():
+    guesses = {a: int(LM.logits([1, ord(a) + 3])[-1].argmax()) for a in "abcdefghijklmnop"}
+    likely = next((a, chr(i - 3)) for a, i in guesses.items() if 36 <= i < 130)  # is ASCII
+    pairs = [("ab", "c"), ("", "hello"), ("the cat ", "sat on a mat"), likely]
+    for (context, continuation), found in zip(pairs, LM.loglikelihood(pairs), strict=True):
+        ids = LM.tokenizer.prompt_ids(context + continuation)
+        start = len(LM.tokenizer.prompt_ids(context.rstrip()))
+        table = _log_softmax(ids)
+        own = [table[i - 1, ids[i]] for i in range(start, len(ids))]
+        best = [table[i - 1].argmax() == ids[i] for i in range(start, len(ids))]
+        np.testing.assert_allclose(found.log_prob, sum(own), rtol=1e-5)
+        assert (found.is_greedy, found.num_tokens) == (all(best), len(own))
+    assert found.is_greedy
+
+
+def test_log_probs_are_those_of_the_model_whatever_the_sampling():
+    made = LM.generate([TEXT], max_new_tokens=8, temperature=2.0, top_k=50, seed=3)[0]
+    prompt = LM.tokenizer.prompt_ids(TEXT)
+    table = _log_softmax(prompt + made.ids, size=LM.tokenizer.vocab_size)  # the others are never
+    expected = [table[len(prompt) - 1 + i, token] for i, token in enumerate(made.ids)]
+    np.testing.assert_allclose(made.log_probs, expected, atol=2e-3)
+
+
+def test_a_stop_string_cuts_text_ids_and_log_probs():
+    whole = LM.generate([TEXT], max_new_tokens=12, seed=1)[0]
+    assert whole.finish_reason == "length" and len(whole.ids) == len(whole.log_probs) == 12
+    stop = next(c for i, c in enumerate(whole.text) if c.isascii() and whole.text.index(c) > 1)
+    position = whole.text.index(stop)
+    cut = LM.generate([TEXT], max_new_tokens=12, seed=1, stop=[stop])[0]
+    assert cut.text == whole.text[:position] and cut.finish_reason == "stop"
+    count = len(cut.ids)
+    assert LM.tokenizer.decode(cut.ids).startswith(cut.text) and count < 12
+    assert cut.ids == whole.ids[:count] and len(cut.log_probs) == count
+    np.testing.assert_allclose(cut.log_probs, whole.log_probs[:count], atol=2e-3)
+
+
+def test_samples_of_a_prompt_stand_next_to_one_another_in_the_order_of_prompts():
+    prompts = ["a long prompt", "b", "a prompt"]  # batches are by length
+    seeds = [11, 12, 13, 14, 15, 16]
+    made = LM.generate(prompts, n=2, seed=seeds, max_new_tokens=5, batch_size=2)
+    alone = [
+        LM.generate([prompts[i // 2]], seed=[seed], max_new_tokens=5)[0]
+        for i, seed in enumerate(seeds)
+    ]
+    _same(made, alone)
+    assert made[0].ids != made[1].ids
+
+
+def test_the_context_ends_each_row_on_its_own():
+    prompts = [[5] * 60, [9] * 40, [7] * 63]
+    made = LM.generate(prompts, seed=[1, 2, 3], max_new_tokens=30)
+    assert [len(x.ids) for x in made] == [4, 24, 1]
+    assert {x.finish_reason for x in made} == {"length"}
+    alone = [
+        LM.generate([p], seed=[s], max_new_tokens=30)[0]
+        for p, s in zip(prompts, [1, 2, 3], strict=True)
+    ]
+    _same(made, alone)
+
+
+@pytest.mark.parametrize("wrong", [[5, 300], [-1], [], [5] * 65])
+def test_ids_that_the_model_does_not_know_are_refused(wrong):
+    sentence = "do not fit" if len(wrong) != 2 and wrong != [-1] else "not of the model's vocab"
+    for use in (lambda ids: LM.generate([ids]), LM.logits, lambda ids: LM.token_log_probs([ids])):
+        with pytest.raises(ValueError, match=sentence):
+            use(wrong)
+
+
+def test_chat_is_generate_of_the_rendered_conversation_and_streams_its_text():
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "go"},
+    ]
+    bytes_of = LM.tokenizer.encode
+    ids = [1, *bytes_of("hi"), *bytes_of("yes"), 2, *bytes_of("go")]
+    pieces = []
+    said = LM.chat(messages, max_new_tokens=20, seed=5, on_text=pieces.append)
+    options = dict(max_new_tokens=20, seed=5, temperature=0.7, top_p=0.9)
+    assert said == LM.generate([ids], **options)[0].text.strip()
+    assert "".join(pieces).strip() == said and len(pieces) > 1 and said
+    with pytest.raises(ValueError, match="without a chat template"):
+        _model(template=None).chat(messages)
+
+
+def test_what_is_streamed_is_the_text_of_each_row():
+    heard = {0: "", 1: "", 2: ""}
+
+    def hear(row: int, text: str) -> None:
+        heard[row] += text
+
+    made = LM.generate(["a", "bcd", "ef"], max_new_tokens=16, on_text=hear, stop=["\n", "x"])
+    assert [heard[i] for i in range(3)] == [x.text for x in made] and any(heard.values())
+
+
+def test_eight_devices_give_what_one_gives():
+    mesh = make_mesh("1,4,1,2")
+    shardings = tree_shardings(_params(), mesh, PARAM_RULES)
+    spread = _model(params=jax.device_put(_params(), shardings), mesh=mesh)
+    prompts, options = ["one", "two words", "3"], dict(max_new_tokens=6, seed=2)
+    _same(spread.generate(prompts, **options), LM.generate(prompts, **options))
+    pairs = [("ab", "cd"), ("x", "yz")]
+    ours, theirs = spread.loglikelihood(pairs), LM.loglikelihood(pairs)
+    np.testing.assert_allclose([x[0] for x in ours], [x[0] for x in theirs], atol=1e-3)
+    np.testing.assert_allclose(spread.logits([5, 6]), LM.logits([5, 6]), atol=1e-3)
