@@ -16,6 +16,7 @@ Named by that folder, by its `checkpoints`, or by one step inside.
 
 import dataclasses
 import functools
+import math
 import os
 import typing
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from easylm_jax.array_types import Params
 from easylm_jax.config import from_config_dict
 from easylm_jax.formats.foreign import Foreign, abstract_params, import_params
 from easylm_jax.language_model import LanguageModel
-from easylm_jax.mesh import make_mesh
+from easylm_jax.mesh import BATCH_AXES, check_divides, make_mesh
 from easylm_jax.models.decoding import unstack_layers
 from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig
 from easylm_jax.models.presets import preset
@@ -88,6 +89,8 @@ def load(
     opened = with_tokenizer(open_model(path, model=model), tokenizer)
     config = dataclasses.replace(opened.config, dtype=dtype, param_dtype=dtype, remat="none")
     mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "1,-1,1,1")
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    check_divides(mesh, rows=ways, seq_len=mesh.shape["sequence"], num_kv_heads=config.num_kv_heads)
     text = opened.tokenizer() if opened.tokenizer else None
     if text:
         check_vocabulary(text, config.vocab_size)

@@ -198,8 +198,7 @@ def sample_tokens(
     logits_BV: Float[Array, "B V"], seen_BV: Array | None, settings: Settings, index: Array
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Token `index` of every row, and its log-probability under the model itself."""
-    logits_BV = logits_BV[:, : settings.vocab_size]
-    chosen_BV = logits_BV
+    chosen_BV = logits_BV[:, : settings.vocab_size]
     if settings.penalises:
         seen_BV = seen_BV[:, : settings.vocab_size]
         chosen_BV = penalise(chosen_BV, seen_BV, settings.repetition_penalty)
