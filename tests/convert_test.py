@@ -165,8 +165,10 @@ def test_an_output_that_a_killed_overwrite_had_moved_aside_comes_back(is_folder,
 # What happens to the process and the disk
 
 STRIKE = """
-    import os, runpy, sys, gguf
+    import os, runpy, signal, sys, gguf
     from easylm_jax import checkpoint
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     how = int(sys.argv.pop())
 
