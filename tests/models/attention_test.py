@@ -126,7 +126,7 @@ def test_tiles_that_the_mask_empties_are_never_read():
 
 
 @BOTH
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("T", [1, 3])
 def test_decoding_against_a_padded_cache(T, window, config):
     """Rows of different lengths; the queries lie in the last slots before the empty ones.
