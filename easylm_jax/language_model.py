@@ -23,12 +23,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from easylm_jax.array_types import Params, Tokens
-from easylm_jax.models.llama import Llama, LlamaConfig, output_kernel, output_logits
+from easylm_jax.models.llama import LlamaConfig, output_kernel, output_logits
 from easylm_jax.objectives import token_losses
 from easylm_jax.sampler import (
     Generated,
     SamplingConfig,
     generate,
+    inference_model,
     num_row_shards,
     pad_prompts,
 )
@@ -350,8 +351,7 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 def _hidden(params: Params, tokens: Tokens, lengths: Array, config: LlamaConfig) -> Array:
     slots = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     segments = (slots < lengths[:, None]).astype(jnp.int32)
-    config = dataclasses.replace(config, scan_layers="layers" in params, remat="none")
-    return Llama(config).apply({"params": params}, tokens, segments, slots)[0]
+    return inference_model(params, config).apply({"params": params}, tokens, segments, slots)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -219,7 +219,8 @@ def sample_tokens(
 # ---- prefill and decode -----------------------------------------------------------------------
 
 
-def _model(params: Params, config: LlamaConfig) -> Llama:
+def inference_model(params: Params, config: LlamaConfig) -> Llama:
+    """The model whose layers lie as those of `params` do, stacked or not."""
     return Llama(dataclasses.replace(config, scan_layers="layers" in params, remat="none"))
 
 
@@ -260,7 +261,7 @@ def prefill(
     `samples` each prompt becomes that many rows, next to one another; `settings` is of the rows.
     """
     B, T = prompts.shape
-    model = _model(params, config)
+    model = inference_model(params, config)
     prompts = constrain(prompts, BATCH_AXES, None)
     slots = jnp.arange(T)[None]
     segments = (slots < lengths[:, None]).astype(jnp.int32)
@@ -313,7 +314,7 @@ def decode(
     config: LlamaConfig,
 ) -> State:
     """Go on until every row has ended or has `limit` tokens; `limit` is at most the capacity."""
-    model = _model(params, config)
+    model = inference_model(params, config)
 
     def unfinished(state: State) -> Array:
         return (state.index < limit) & ~state.done.all()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easylm_jax.batch import Batch
+from easylm_jax.formats.foreign import abstract_params
 from easylm_jax.models.attention import AttentionConfig
 from easylm_jax.models.llama import LlamaConfig
 from tests.reference import numpy_llama
@@ -31,6 +32,14 @@ def tiny_params(seed: int = 0):
     rng = np.random.default_rng(seed)
     params = numpy_llama.random_params(DIMS, rng, vocab=VOCAB, width=32, ffn=48)
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+def on_one_device(config: LlamaConfig):
+    """What `import_params` shall make: the parameters of `config`, whole on the first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(config)
+    )
 
 
 def tiny_batch(seed: int = 0, *, rows: int = 4, length: int = 24, **options) -> Batch:

@@ -108,14 +108,6 @@ GGUF_QWEN2: Table = (
     *(Entry(f"blk.{{layer}}.attn_{p}.bias", f"layers/attention/{p}/bias") for p in "qk"),
 )
 
-TABLES = {
-    "hf": HF,
-    "meta": META,
-    "easylm": EASYLM,
-    "gguf_llama": GGUF_LLAMA,
-    "gguf_qwen2": GGUF_QWEN2,
-}
-
 
 def to_ours(entry: Entry, x: np.ndarray, config: LlamaConfig) -> np.ndarray:
     """The foreign tensor of one layer as ours; a view unless the entry has `pairs`."""

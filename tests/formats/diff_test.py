@@ -13,23 +13,15 @@ from easylm_jax.formats.easylm import open_easylm, write_easylm
 from easylm_jax.formats.foreign import (
     Foreign,
     Model,
-    abstract_params,
     foreign_shapes,
     foreign_tensors,
     import_params,
 )
 from easylm_jax.formats.meta import open_meta, write_meta
 from easylm_jax.formats.names import EASYLM, GGUF_QWEN2, HF, META
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import on_one_device, tiny_config, tiny_params
 
 CONFIG = tiny_config()
-
-
-def on_one_device(config):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(config)
-    )
 
 
 def in_memory(table, params, path="memory"):

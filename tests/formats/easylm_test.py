@@ -15,7 +15,6 @@ from easylm_jax.formats import easylm
 from easylm_jax.formats.easylm import is_easylm, open_easylm, write_easylm
 from easylm_jax.formats.foreign import (
     Model,
-    abstract_params,
     check_tensors,
     foreign_shapes,
     foreign_tensors,
@@ -26,16 +25,9 @@ from easylm_jax.models.llama import Llama, RopeScaling, output_logits
 from easylm_jax.models.presets import PRESETS
 from easylm_jax.text.tokenizer import ByteTokenizer
 from tests.reference import numpy_meta
-from tests.tiny import assert_close, tiny_config, tiny_params
+from tests.tiny import assert_close, on_one_device, tiny_config, tiny_params
 
 CONFIG = tiny_config()
-
-
-def on_one_device(config):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(config)
-    )
 
 
 def easylm_tree(dtype="float32", params=None):

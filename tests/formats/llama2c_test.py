@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from easylm_jax.formats.foreign import Model as ForeignModel
-from easylm_jax.formats.foreign import abstract_params, foreign_tensors, import_params
+from easylm_jax.formats.foreign import foreign_tensors, import_params
 from easylm_jax.formats.llama2c import is_llama2c, open_llama2c, read_tokenizer
 from easylm_jax.formats.names import META
 from easylm_jax.loading import load
 from easylm_jax.models.llama import Llama, output_logits
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import on_one_device, tiny_config, tiny_params
 
 STORIES = Path(__file__).parents[1] / "data/stories260K/stories260K.bin"
 
@@ -27,13 +27,6 @@ Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't kn
 Lily didn't want to help her mom, so she said, "I'm sorry, mom. I didn't know what to do." \
 Her mom said, "Don't worry, Lily. We can help you.
 """
-
-
-def on_one_device(config):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(config)
-    )
 
 
 def test_stories260k_tells_its_published_story():

@@ -8,25 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easylm_jax.formats.foreign import Model, abstract_params, check_tensors, import_params
+from easylm_jax.formats.foreign import Model, check_tensors, import_params
 from easylm_jax.formats.meta import is_meta, open_meta, write_meta
 from easylm_jax.formats.torch_file import open_torch_file
 from easylm_jax.models.llama import Llama, RopeScaling, output_logits
 from easylm_jax.models.presets import PRESETS
 from tests.reference import numpy_meta
-from tests.tiny import assert_close, tiny_config, tiny_params
+from tests.tiny import assert_close, on_one_device, tiny_config, tiny_params
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 D, HEADS, V, LAYERS = 32, 4, 64, 2
-
-
-def on_one_device(config):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(config)
-    )
 
 
 def random_weights(*, kv_heads, width, seed=0):

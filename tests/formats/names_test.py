@@ -7,12 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easylm_jax.formats import names
 from easylm_jax.formats.foreign import Model, abstract_params, foreign_shapes, foreign_tensors
-from easylm_jax.formats.names import TABLES, to_foreign, to_ours
+from easylm_jax.formats.names import to_foreign, to_ours
 from easylm_jax.models.decoding import unstack_layers
 from easylm_jax.models.llama import rope_frequencies
 from easylm_jax.tree import named_leaves
 from tests.tiny import tiny_config
+
+TABLES = {
+    "hf": names.HF,
+    "meta": names.META,
+    "easylm": names.EASYLM,
+    "gguf_llama": names.GGUF_LLAMA,
+    "gguf_qwen2": names.GGUF_QWEN2,
+}
 
 CONFIGS = {
     "mha": tiny_config(num_kv_heads=4),
