@@ -4,7 +4,7 @@ What it is not: a rendered text (`text/template.py`) or the reading of any one d
 (`readers.py`). Preference data are conversations too: the answers that were compared share a
 `pair`, and each carries the verdict on its last message.
 
-One JSON object per line is the form at rest, which `prepare` writes and the reader "messages" reads:
+At rest it is one JSON object per line, which `prepare` writes and the reader "messages" reads:
 
     {"id": "hh.jsonl:7/chosen", "source": "hh", "quality": "good", "pair": "hh.jsonl:7",
      "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
