@@ -160,6 +160,9 @@ class MixtureSource:
                 )
         return metrics
 
+    def describe(self) -> str:
+        return f"{self.tokens_per_epoch:,} tokens of {', '.join(self._interleave.names)}"
+
     def state(self) -> dict[str, object]:
         return {"kind": "mixture", "step": self._step, "made_of": self._made_of}
 

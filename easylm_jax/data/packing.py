@@ -15,9 +15,11 @@ lost or repeated by a cut. Every process packs the same global rows and takes it
 batch, so the state is the same on all and the number of processes may change.
 """
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -171,15 +173,24 @@ class PackedSource:
         seq_len: int,
         seed: int,
         rows: Sequence[int],
-        documents_left_out: int = 0,
+        left_out: Mapping[str, int] = MappingProxyType({}),
+        identity: int | None = None,
     ):
+        """`left_out`, by whoever read the examples, is only reported. `identity` tells them from
+        any others; where it is given they are at hand, so that an epoch can be counted."""
         self._examples, self._seed = examples, seed
         self._batch_size, self._seq_len = batch_size, seq_len
         self._rows = rows
-        self._documents_left_out = documents_left_out  # by whoever read them; only reported
-        self._packer = Packer(strategy, seq_len=seq_len, too_long=too_long, window=window)
+        self._left_out = dict(left_out)
+        self._new_packer = functools.partial(
+            Packer, strategy, seq_len=seq_len, too_long=too_long, window=window
+        )
+        self._packer = self._new_packer()
         self._position = 0  # examples read so far
-        self._made_of = f"{stable_hash(len(examples), strategy, too_long, window, seq_len, seed):x}"
+        made_of = (len(examples), strategy, too_long, window, seq_len, seed)
+        made_of += () if identity is None else (identity,)
+        self._made_of = f"{stable_hash(*made_of):x}"
+        self._is_at_hand = identity is not None
 
     def next(self) -> tuple[Batch, dict[str, float]]:
         self._fill()
@@ -190,7 +201,7 @@ class PackedSource:
             "data/examples": float(self._position),
             "data/epochs": self._position / len(self._examples),
             "data/examples_cut": float(self._packer.counts["cut"]),
-            "data/documents_left_out": float(self._documents_left_out),
+            "data/documents_left_out": float(sum(self._left_out.values())),
             "data/examples_dropped": float(self._packer.counts["dropped"]),
         }
         return lay_out([rows[i] for i in self._rows], self._seq_len), metrics
@@ -212,7 +223,23 @@ class PackedSource:
         order = grain.MapDataset.range(len(self._examples))
         return order.shuffle(seed=stable_hash(self._seed, epoch) >> 32)[index]
 
-    tokens_per_epoch = None  # examples are tokenised as they come
+    @functools.cached_property
+    def tokens_per_epoch(self) -> int | None:
+        """Room of the rows that the first epoch fills; None if examples are tokenised as they come.
+
+        Others differ by a row or so, since their order does.
+        """
+        if not self._is_at_hand:
+            return None
+        packer = self._new_packer()
+        for position in range(len(self._examples)):
+            packer.add(Piece(*self._examples[self._index(position)]))
+        packer.flush()
+        return len(packer.ready) * self._seq_len
+
+    def describe(self) -> str:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._left_out.items())
+        return f"{len(self._examples):,} examples{reasons and ', left out or cut: ' + reasons}"
 
     def state(self) -> dict[str, Any]:
         packed = {"kind": "packed", "position": self._position, "made_of": self._made_of}

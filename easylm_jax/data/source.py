@@ -15,6 +15,7 @@ from etils import epath
 
 from easylm_jax.batch import Batch
 from easylm_jax.data.documents import BadLines, read_documents
+from easylm_jax.data.finetuning import ChatConfig, Encoded, encode_files
 from easylm_jax.data.mixture import MixtureSource
 from easylm_jax.data.packing import (
     PackedSource,
@@ -27,6 +28,8 @@ from easylm_jax.data.packing import (
 from easylm_jax.data.rows import check_joins_documents, rows_to_batch
 from easylm_jax.data.token_store import TokenStream, open_tokens
 from easylm_jax.text.example import document_example, encode_example
+from easylm_jax.text.fields import FieldsConfig
+from easylm_jax.text.template import ChatTemplate
 from easylm_jax.text.tokenizer import Tokenizer
 
 
@@ -41,6 +44,9 @@ class Source(Protocol):
     def tokens_per_epoch(self) -> int | None:
         """Tokens of one pass over everything, in proportion; None where nobody has counted."""
 
+    def describe(self) -> str:
+        """What there is to train on, in one line."""
+
     def state(self) -> dict[str, Any]:
         """JSON-able; the same on every process; independent of their number."""
 
@@ -50,7 +56,10 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where training text comes from: a prepared `root`, or raw `files` packed on the fly."""
+    """Where training text comes from: a prepared `root`, or `files` packed on the fly.
+
+    Files hold documents; with `chat` conversations; with `fields` records in EasyLM's language.
+    """
 
     root: str = ""  # folder made by `python -m easylm_jax.prepare`
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -59,10 +68,12 @@ class DataConfig:
 
     files: tuple[str, ...] = ()  # globs of JSONL or text; all of it is held in memory
     heldout_files: tuple[str, ...] = ()
-    text_field: str = "text"
+    text_field: str = "text"  # of a document
+    chat: ChatConfig | None = None
+    fields: FieldsConfig | None = None
     on_bad_line: BadLines = "error"
     packing: Strategy = "best_fit"
-    too_long: TooLong = "cut"
+    too_long: TooLong = "cut"  # of documents and `fields`; conversations have chat.too_long
     window: int = 64  # rows that best_fit keeps open
 
     seed: int = 0
@@ -75,12 +86,13 @@ def make_source(
     seq_len: int,
     tokenizer: Tokenizer,
     rows: Sequence[int],
+    template: ChatTemplate | None = None,
 ) -> Source:
     """The training source of `cfg`: of each batch of `batch_size` rows, those numbered `rows`.
 
     A process asks for the rows that its devices hold; the batch does not depend on who asks.
+    `template` renders the conversations of `cfg.chat`.
     """
-    check_joins_documents(tokenizer)
     shape = {
         "batch_size": batch_size,
         "seq_len": seq_len,
@@ -91,14 +103,39 @@ def make_source(
         streams = _open_streams(cfg, "train", tokenizer)
         weights = cfg.weights or {name: float(s.num_tokens) for name, s in streams.items()}
         return MixtureSource(streams, weights, max_epochs=cfg.max_epochs, **shape)
-    examples = _FileExamples(cfg.files, cfg, tokenizer)
+    examples = open_examples(cfg, cfg.files, tokenizer, seq_len=seq_len, template=template)
     return PackedSource(
         examples,
         strategy=cfg.packing,
         too_long=cfg.too_long,
         window=cfg.window,
-        documents_left_out=examples.left_out,
+        left_out=examples.counts,
+        identity=examples.identity if isinstance(examples, Encoded) else None,
         **shape,
+    )
+
+
+def open_examples(
+    cfg: DataConfig,
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    template: ChatTemplate | None = None,
+) -> "Encoded | _FileExamples":
+    """The examples of `files` as (ids, weights): documents, conversations or records."""
+    if cfg.chat and cfg.fields:
+        raise ValueError("data.chat and data.fields both say how to read the files: set one")
+    if not (cfg.chat or cfg.fields):
+        return _FileExamples(files, cfg, tokenizer)
+    return encode_files(
+        files,
+        chat=cfg.chat,
+        fields=cfg.fields,
+        template=template,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        on_bad_line=cfg.on_bad_line,
     )
 
 
@@ -109,6 +146,7 @@ def heldout_batches(
     seq_len: int,
     tokenizer: Tokenizer,
     rows: Sequence[int],
+    template: ChatTemplate | None = None,
     source: str | None = None,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
@@ -128,7 +166,9 @@ def heldout_batches(
         ]
         everything = _evenly(spans, batch_size, max_batches)
     else:
-        examples = _FileExamples(cfg.heldout_files, cfg, tokenizer) if cfg.heldout_files else ()
+        examples: Sequence[Any] = ()
+        if files := cfg.heldout_files:
+            examples = open_examples(cfg, files, tokenizer, seq_len=seq_len, template=template)
         packed = pack_all(map(Piece._make, examples), strategy=cfg.packing, seq_len=seq_len)
         everything = _evenly(packed, batch_size, max_batches)
 
@@ -172,6 +212,7 @@ def _open_streams(
         raise ValueError(
             f"data.weights must be >= 0 and one of them > 0, got {dict(cfg.weights)}: mend them"
         )
+    check_joins_documents(tokenizer)
     names = [_known_name(name, known) for name in cfg.weights or known]
     streams = {name: open_tokens(f"{cfg.root}/{name}", split) for name in names}
     for name, stream in streams.items():
@@ -220,16 +261,16 @@ class _FileExamples(Sequence):
     """The documents of text files, tokenised when asked for."""
 
     def __init__(self, files: Sequence[str], cfg: DataConfig, tokenizer: Tokenizer):
-        counts: Counter[str] = Counter()
+        check_joins_documents(tokenizer)
+        self.counts: Counter[str] = Counter()
         documents = read_documents(
-            files, counts=counts, text_field=cfg.text_field, on_bad_line=cfg.on_bad_line
+            files, counts=self.counts, text_field=cfg.text_field, on_bad_line=cfg.on_bad_line
         )
         self._texts = [document.text for document in documents]
-        self.left_out = sum(counts.values())
         self._tokenizer = tokenizer
         if not self._texts:
             raise ValueError(
-                f"no document in {', '.join(files)} ({dict(counts)}): give files with text"
+                f"no document in {', '.join(files)} ({dict(self.counts)}): give files with text"
             )
 
     def __len__(self) -> int:
