@@ -6,6 +6,7 @@ A duration is text, because runs are planned in different units: "250000 steps",
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     no_decay: tuple[str, ...] = ("scale$", "bias$", "embedding$")  # path patterns left undecayed
+    scale_by_param: bool = False  # the rate is relative to the size of each parameter
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
 
@@ -117,26 +119,33 @@ def decay_mask(params: Params, no_decay: tuple[str, ...]) -> Params:
     return map_named(lambda name, _: not any(matches(p, name) for p in no_decay), params)
 
 
+def scale_by_param_rms() -> optax.GradientTransformation:
+    """Updates times RMS(parameter), at least 1e-3 (arXiv:1804.04235, section 8), layer by layer."""
+
+    def scale(name: str, update: Array, param: Array) -> Array:
+        axes = tuple(range(1 if name.startswith("layers/") else 0, param.ndim))  # stacked or not
+        rms = jnp.sqrt(jnp.mean(jnp.square(param), axis=axes, keepdims=True))
+        return update * jnp.maximum(rms, 1e-3)
+
+    return optax.stateless(lambda updates, params: map_named(scale, updates, params))
+
+
 def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimiser with decoupled weight decay."""
-
-    def mask(params: Params) -> Params:
-        return decay_mask(params, config.no_decay)
-
     moments = dict(b1=config.b1, b2=config.b2, mu_dtype=config.mu_dtype)
-    decay = dict(weight_decay=config.weight_decay, mask=mask)
     if config.name == "adamw":
-        optimizer = optax.adamw(schedule, eps=config.eps, **moments, **decay)
+        parts = [optax.scale_by_adam(eps=config.eps, **moments)]
     elif config.name == "lion":
-        optimizer = optax.lion(schedule, **moments, **decay)
+        parts = [optax.scale_by_lion(**moments)]
     else:
-        # Its own weight decay is not scaled by the learning rate; this one is, as in AdamW.
-        optimizer = optax.chain(
-            optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False),
-            optax.scale(-1.0),
-            optax.add_decayed_weights(config.weight_decay, mask=mask),
-            optax.scale_by_learning_rate(schedule),
-        )
+        # Its own weight decay is not scaled by the learning rate; the one below is, as in AdamW.
+        adafactor = optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False)
+        parts = [adafactor, optax.scale(-1.0)]
+    if config.scale_by_param:
+        parts.append(scale_by_param_rms())  # before the decay, which is relative by itself
+    mask = functools.partial(decay_mask, no_decay=config.no_decay)
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
+    optimizer = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
     if not config.clip_norm:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

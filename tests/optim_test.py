@@ -1,5 +1,6 @@
 """Durations, schedules and optimisers against closed formulas and NumPy."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -140,12 +141,26 @@ def test_norms_biases_and_embeddings_are_not_decayed():
     assert {name for name, decayed in mask.items() if decayed} == DECAYED
 
 
-def test_three_adamw_steps_equal_numpy():
-    """Clipping, bias correction, decoupled decay scaled by the rate, in float64 by hand."""
+def rms_by_hand(name: str, x: np.ndarray) -> np.ndarray:
+    parts = list(x) if name.startswith("layers/") else [x]
+    rms = [max(np.linalg.norm(part) / np.sqrt(part.size), 1e-3) for part in parts]
+    return np.reshape(rms, (-1, *[1] * (x.ndim - 1)))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_three_adamw_steps_equal_numpy(relative):
+    """Clipping, bias correction, decoupled decay scaled by the rate, in float64 by hand.
+
+    A relative rate is times the RMS of each layer's parameter; the decay is not.
+    """
     cfg = OptimConfig(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=2.0)
+    cfg = dataclasses.replace(cfg, scale_by_param=relative)
     rates = [0.1, 0.05, 0.2]
     optimizer = make_optimizer(cfg, lambda step: jnp.asarray(rates)[step])
     params, update = draw_params(), jax.jit(optimizer.update)
+    sizes = jnp.array([1e-5, 3.0])  # of the two layers; the first is under the least RMS
+    kernel = params["layers"]["q"]["kernel"]
+    params["layers"]["q"]["kernel"] = kernel * sizes[:, None, None]
     state = optimizer.init(params)
     expected = {k: np.asarray(v, np.float64) for k, v in named_leaves(params).items()}
     m, v = ({k: np.zeros_like(x) for k, x in expected.items()} for _ in range(2))
@@ -162,6 +177,7 @@ def test_three_adamw_steps_equal_numpy():
             v[k] = 0.9 * v[k] + 0.1 * x**2
             step = m[k] / (1 - 0.8 ** (t + 1))
             step = step / (np.sqrt(v[k] / (1 - 0.9 ** (t + 1))) + 1e-3)
+            step = step * rms_by_hand(k, expected[k]) if relative else step
             expected[k] = expected[k] - rate * (step + 0.3 * (k in DECAYED) * expected[k])
     for name, value in named_leaves(params).items():
         np.testing.assert_allclose(value, expected[name], atol=2e-6, err_msg=name)
