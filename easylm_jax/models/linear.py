@@ -6,8 +6,6 @@ float32 by bfloat16 in the backward pass, and round the weight gradient to bfloa
 summed over devices.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from easylm_jax.dots import dot_f32, transposed_dot_f32
-
-Initializer = Callable[..., Array]
+from easylm_jax.models.quantized import dequantize, is_quantized
+from easylm_jax.models.regularizers import dropout
 
 
 @jax.custom_vjp
@@ -45,17 +43,28 @@ dot.defvjp(_dot_fwd, _dot_bwd)
 
 
 class Linear(nn.Module):
-    """y = x @ kernel (+ bias), kernel [in, out]."""
+    """y = x @ kernel (+ bias), kernel [in, out].
+
+    What else it finds beside the kernel it adds, an adapter (lora.py), or reads instead of it, a
+    quantised kernel (quantized.py). Dropout of an adapter acts when there is a "lora" key.
+    """
 
     features: int
-    kernel_init: Initializer
+    kernel_init: nn.initializers.Initializer
     use_bias: bool = False
     param_dtype: DTypeLike = jnp.float32
+    lora_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*R D"]) -> Float[Array, "*R F"]:
-        shape = (x.shape[-1], self.features)
-        y = dot(x, self.param("kernel", self.kernel_init, shape, self.param_dtype))
+        leaves = self.variables.get("params", {})
+        init = (self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        quantized = is_quantized(leaves)
+        y = dot(x, dequantize(leaves, x.dtype) if quantized else self.param("kernel", *init))
+        if "lora_a" in leaves:
+            drops = self.lora_dropout > 0 and self.has_rng("lora")
+            x = dropout(x, self.lora_dropout, self.make_rng("lora") if drops else None)
+            y = y + dot(dot(x, leaves["lora_a"]), leaves["lora_b"])
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -34,6 +34,7 @@ from easylm_jax.mesh import BATCH_AXES
 from easylm_jax.models.attention import AttentionConfig, attention
 from easylm_jax.models.decoding import KVCache, read_cache, write_cache
 from easylm_jax.models.linear import Linear, dot
+from easylm_jax.models.regularizers import dropout, forget_keys, noisy_embeddings
 from easylm_jax.models.remat import jax_policy, parse_policy, tag
 from easylm_jax.sharding import constrain
 
@@ -76,13 +77,15 @@ class LlamaConfig:
     dtype: FloatName = "float32"  # of activations and matrix products
     param_dtype: FloatName = "float32"
 
-    # Regularisers of EasyLM. Rates of dropout are for the first and the last layer, linear between.
+    # For training alone: models/regularizers.py. Pairs of rates are for the first and last layer.
     embedding_dropout: float = 0.0
     residual_dropout: tuple[float, float] = (0.0, 0.0)  # on what attention and MLP add
     feedforward_dropout: tuple[float, float] = (0.0, 0.0)  # inside the MLP, before `down`
     # Forgetful causal masking: each row forgets a share of its keys drawn from this range.
     fcm_min_ratio: float = 0.0
     fcm_max_ratio: float = 0.0
+    neftune_alpha: float = 0.0  # noise on the embeddings
+    lora_dropout: float = 0.0  # on the input of adapters, if there are any
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -96,13 +99,19 @@ class LlamaConfig:
     def has_dropout(self) -> bool:
         """Whether training needs a key."""
         rates = (*self.residual_dropout, *self.feedforward_dropout, self.embedding_dropout)
-        return any(rates) or self.attention.dropout > 0 or self.fcm_max_ratio > 0
+        others = (self.attention.dropout, self.fcm_max_ratio, self.neftune_alpha, self.lora_dropout)
+        return any(rates + others)
 
 
 # Which mesh axes split each parameter, [in, out], stacked layers first. See sharding.py.
+# Adapters and quantised kernels are split like the kernel; ranks and blocks are not split.
 _LAYER_RULES = (
-    (r"/(q|k|v|gate|up)/kernel", P("fsdp", "tensor")),
-    (r"/(o|down)/kernel", P("tensor", "fsdp")),
+    (r"/(q|k|v|gate|up)/(kernel|nf4|int4|int8)", P("fsdp", "tensor")),
+    (r"/(q|k|v|gate|up)/lora_a", P("fsdp", None)),
+    (r"/(q|k|v|gate|up)/(lora_b|absmax)", P(None, "tensor")),
+    (r"/(o|down)/(kernel|nf4|int4|int8)", P("tensor", "fsdp")),
+    (r"/(o|down)/lora_a", P("tensor", None)),
+    (r"/(o|down)/(lora_b|absmax)", P(None, "fsdp")),
     (r"/(q|k|v)/bias", P("tensor")),
     (r"/\w+_norm/scale", P(None)),
 )
@@ -157,30 +166,6 @@ def apply_rope(x: Float[Array, "B T M H"], cos: Array, sin: Array) -> Float[Arra
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def dropout(x: Array, rate: Array | float, key: PRNGKey | None) -> Array:
-    """Inverted dropout with a rate that may be traced; the identity without a key."""
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - jnp.asarray(rate, x.dtype)), 0)
-
-
-def forget_keys(
-    segment_ids: Tokens, positions: Tokens, config: LlamaConfig, key: PRNGKey
-) -> Tokens:
-    """Segment ids of the keys, with the forgotten ones set to -1, which no query matches.
-
-    Forgetful causal masking (Liu et al. 2022, arXiv:2210.13432): each row draws a ratio uniformly
-    from the range of the config and forgets each key with that probability, never a document's
-    first one.
-    """
-    key_ratio, key_drop = jax.random.split(key)
-    low, high = config.fcm_min_ratio, config.fcm_max_ratio
-    ratio = jax.random.uniform(key_ratio, (segment_ids.shape[0], 1), minval=low, maxval=high)
-    forgotten = jax.random.uniform(key_drop, segment_ids.shape) < ratio
-    return jnp.where(forgotten & (positions > 0), -1, segment_ids)
-
-
 # ---- modules ----------------------------------------------------------------------------------
 
 
@@ -195,7 +180,8 @@ class Norm(nn.Module):
 
 def _linear(cfg: LlamaConfig, features: int, name: str, *, residual=False, bias=False) -> Linear:
     std = cfg.init_std / math.sqrt(2 * cfg.num_layers) if residual else cfg.init_std
-    return Linear(features, nn.initializers.normal(std), bias, cfg.param_dtype, name=name)
+    init = nn.initializers.normal(std)
+    return Linear(features, init, bias, cfg.param_dtype, cfg.lora_dropout, name=name)
 
 
 class Embed(nn.Module):
@@ -313,15 +299,16 @@ class Llama(nn.Module):
         Dropout and forgetful masking act only when a key is given.
         """
         cfg = self.config
-        keys = (None,) * 3
+        keys = (None,) * 4
         if dropout_key is not None and cfg.has_dropout:
-            keys = tuple(jax.random.split(dropout_key, 3))
+            keys = tuple(jax.random.split(dropout_key, 4))
         x_BTD = Embed(cfg, name="embed")(tokens)
+        x_BTD = noisy_embeddings(x_BTD, segment_ids, alpha=cfg.neftune_alpha, key=keys[3])
         x_BTD = _to_stream(dropout(x_BTD, cfg.embedding_dropout, keys[0]))
 
-        k_segment_ids, k_positions, index = segment_ids, positions, None
-        if keys[1] is not None and cfg.fcm_max_ratio > 0:
-            k_segment_ids = forget_keys(segment_ids, positions, cfg, keys[1])
+        ratios = (cfg.fcm_min_ratio, cfg.fcm_max_ratio)
+        k_segment_ids = forget_keys(segment_ids, positions, ratios=ratios, key=keys[1])
+        k_positions, index = positions, None
         if cache is not None:
             index = cache.index
             cache = cache.with_ids(segment_ids, positions)
@@ -367,7 +354,7 @@ class Llama(nn.Module):
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "lora": True},
             in_axes=(nn.broadcast, 0, 0, 0),
             length=num,
             unroll=cfg.layer_unroll,
@@ -411,6 +398,7 @@ def make_forward(config: LlamaConfig) -> Callable[[Params, Batch, PRNGKey | None
             batch.segment_ids,
             batch.positions,
             dropout_key=dropout_key,
+            rngs=None if dropout_key is None else {"lora": dropout_key},  # folded with each path
         )
         return hidden_BTD, output_kernel(params)
 

@@ -15,11 +15,11 @@ from easylm_jax.batch import Batch
 from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import (
     Llama,
-    forget_keys,
     init_params,
     make_forward,
     output_logits,
 )
+from easylm_jax.models.regularizers import forget_keys
 from easylm_jax.objectives import cross_entropy, token_losses
 from easylm_jax.tree import named_leaves
 from tests.tiny import (
@@ -244,13 +244,12 @@ def test_rates_of_dropout_go_linearly_from_the_first_layer_to_the_last():
 
 
 def test_forgetful_masking_forgets_the_right_share_and_never_a_first_key():
-    cfg = tiny_config(fcm_min_ratio=0.2, fcm_max_ratio=0.5)
     B, T = 64, 2048
     segments = np.repeat(np.arange(1, 9), T // 8)[None].repeat(B, 0)
     positions = np.tile(np.arange(T // 8), 8)[None].repeat(B, 0)
     segments[:, -100:] = 0
     seg, pos = jnp.asarray(segments, jnp.int32), jnp.asarray(positions, jnp.int32)
-    kept = np.asarray(forget_keys(seg, pos, cfg, jax.random.key(0)))
+    kept = np.asarray(forget_keys(seg, pos, ratios=(0.2, 0.5), key=jax.random.key(0)))
     forgotten = kept != segments
     assert (kept[forgotten] == -1).all() and not forgotten[:, positions[0] == 0].any()
     shares = forgotten[:, positions[0] > 0].mean(axis=1)

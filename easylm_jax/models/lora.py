@@ -1,0 +1,131 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): what is trained beside a frozen base.
+
+An adapter is two leaves beside a kernel, {"kernel": [in, out], "lora_a": [in, r], "lora_b":
+[r, out]}, to which `Linear` adds its product. So the adapters of a model are a tree of the same
+paths, which is all that training, the optimiser and checkpoints see, and
+
+    forward(combine(base, adapters, config), batch, key)
+
+is the adapted model, for objectives, the sampler and evaluation alike. Layers may be stacked or
+not, the base may be quantised (quantized.py). This file knows no training.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from easylm_jax.array_types import Params, PRNGKey
+from easylm_jax.models.quantized import CODES, dequantize_base, quantize_base
+from easylm_jax.tree import matches, named_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which linear layers get adapters, of what rank, and how the base is held meanwhile."""
+
+    rank: int = 8
+    alpha: float = 16.0  # the product counts alpha / rank times
+    rs_lora: bool = False  # alpha / sqrt(rank) times (Kalajdzievski 2023, arXiv:2312.03732)
+    dropout: float = 0.0  # on the input of A; belongs into LlamaConfig.lora_dropout
+    # Names of linear layers, or regular expressions that a path such as "layers/mlp/up" ends on.
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    base: Literal["full", "nf4", "int4", "int8"] = "full"  # QLoRA: nf4
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}; it must be 1 or more")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rs_lora else self.rank)
+
+
+def init_adapters(base_shapes: Params, config: LoraConfig, key: PRNGKey) -> Params:
+    """Fresh float32 adapters for a base of these shapes, not quantised. They change nothing yet.
+
+    B is zero; A is uniform within 1 / sqrt(in), as in the authors' code and in PEFT (their
+    `kaiming_uniform_(a=sqrt(5))`). To be evaluated by `jax.eval_shape` for shapes alone.
+    """
+    shapes = target_shapes(base_shapes, config)
+    flat = {}
+    for (path, (*lead, D, F)), k in zip(
+        shapes.items(), jax.random.split(key, len(shapes)), strict=True
+    ):
+        bound = 1 / math.sqrt(D)
+        a_shape, b_shape = (*lead, D, config.rank), (*lead, config.rank, F)
+        flat[f"{path}/lora_a"] = jax.random.uniform(k, a_shape, minval=-bound, maxval=bound)
+        flat[f"{path}/lora_b"] = jnp.zeros(b_shape, jnp.float32)
+    return unflatten_dict(flat, sep="/")
+
+
+def target_shapes(base_shapes: Params, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Path of a linear layer -> shape of its kernel, for those that `config.targets` name.
+
+    Raises:
+      ValueError: a target matches nothing.
+    """
+    linears = {
+        name.removesuffix("/kernel"): leaf.shape
+        for name, leaf in named_leaves(base_shapes).items()
+        if matches(r"^layers.*/kernel$", name)
+    }
+    patterns = {target: rf"(^|/)({target})$" for target in config.targets}
+    for target, pattern in patterns.items():
+        if not any(matches(pattern, path) for path in linears):
+            known = sorted({path.split("/")[-1] for path in linears} | set(linears))
+            near = difflib.get_close_matches(target, known, n=3) or known[:10]
+            raise ValueError(
+                f"lora.targets: {target!r} matches no linear layer; near it: {', '.join(near)}"
+            )
+    return {
+        path: shape
+        for path, shape in linears.items()
+        if any(matches(pattern, path) for pattern in patterns.values())
+    }
+
+
+def combine(base: Params, adapters: Params, config: LoraConfig) -> Params:
+    """One tree of both, the scale multiplied into B. No array of the base is copied."""
+    scaled = {
+        name: leaf * config.scale if name.endswith("lora_b") else leaf
+        for name, leaf in flatten_dict(adapters, sep="/").items()
+    }
+    return unflatten_dict(flatten_dict(base, sep="/") | scaled, sep="/")
+
+
+def merge(base: Params, adapters: Params, config: LoraConfig) -> Params:
+    """Plain parameters, of the base's types, with kernel + scale * A B in place of each kernel.
+
+    Summed in float32. `base` is the plain one that the run started from; if the run quantised it,
+    the same is done here first, because the adapters were fitted to what was left of it.
+
+    Raises:
+      ValueError: `base` is quantised; a merged kernel would have to be rounded again.
+    """
+    leaves = {name.split("/")[-1]: name for name in named_leaves(base)}
+    if quantized := [leaves[how] for how in CODES if how in leaves]:
+        raise ValueError(
+            f"merging into a quantised kernel ({quantized[0]}) would round the adapters away; "
+            "merge into the plain parameters that it was made of"
+        )
+    trained_on = base
+    if config.base != "full":
+        trained_on = dequantize_base(quantize_base(base, config.base))
+
+    def merged(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if "lora_a" not in tree:
+            return {name: merged(sub) for name, sub in tree.items()}
+        a, b = tree["lora_a"], tree["lora_b"]
+        product = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+        rest = {name: leaf for name, leaf in tree.items() if name not in ("lora_a", "lora_b")}
+        return rest | {"kernel": tree["kernel"].astype(jnp.float32) + product}
+
+    new = merged(combine(trained_on, adapters, config))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), new, base)
