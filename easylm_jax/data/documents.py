@@ -1,7 +1,8 @@
 """Documents from JSONL and plain-text files, also .gz and .zst, local or in a bucket.
 
 What it is not: a data set of tokens (`token_store.py`) or a filter of quality. It yields every
-document once, in the order of the sorted file names. Called by `prepare.py` and `source.py`.
+document once, in the order of the sorted file names. Called by `prepare.py` and `source.py`;
+`readers.py` reads its lines by the same means.
 
 JSONL (`.jsonl`, `.ndjson`, `.json`): one object per line, whose `text_field` is taken as it stands.
 Any other file is plain text and one document; its line ends become newlines.
@@ -58,7 +59,7 @@ def read_documents(
                 else:
                     counts["empty"] += 1
         except BadLine as bad:  # the rest of the file cannot be read
-            _skip_or_raise(bad, on_bad_line, counts)
+            skip_or_raise(bad, on_bad_line, counts)
 
 
 def match_files(paths: Sequence[str]) -> list[epath.Path]:
@@ -80,7 +81,8 @@ def match_files(paths: Sequence[str]) -> list[epath.Path]:
     return [found[name] for name in sorted(found)]
 
 
-def _skip_or_raise(bad: BadLine, on_bad_line: BadLines, counts: Counter[str]) -> None:
+def skip_or_raise(bad: BadLine, on_bad_line: BadLines, counts: Counter[str]) -> None:
+    """What the policy says of a bad line."""
     if on_bad_line == "error":
         raise bad
     counts[bad.reason] += 1
@@ -91,26 +93,20 @@ def _read_file(
 ) -> Iterator[Document]:
     kind = next((s for s in reversed(file.suffixes) if s not in (".gz", ".zst")), "")
     if kind not in JSONL_SUFFIXES:
-        text = _decode(b"".join(_chunks(file)), where=str(file))
+        text = decode(b"".join(read_chunks(file)), where=str(file))
         yield Document(text.replace("\r\n", "\n").replace("\r", "\n"), {"file": file.name})
         return
-    for number, line in enumerate(_lines(_chunks(file)), start=1):
+    for number, line in enumerate(split_lines(read_chunks(file)), start=1):
         if not line.strip():
             continue
         try:
             yield _parse(line, text_field, where=f"{file}, line {number}")
         except BadLine as bad:
-            _skip_or_raise(bad, on_bad_line, counts)
+            skip_or_raise(bad, on_bad_line, counts)
 
 
 def _parse(line: bytes, text_field: str, *, where: str) -> Document:
-    try:
-        fields = json.loads(_decode(line, where=where))
-    except (json.JSONDecodeError, RecursionError):
-        start = line[:40].decode(errors="replace")
-        raise BadLine("not JSON", f"{where} is not JSON: it starts {start!r}") from None
-    if not isinstance(fields, dict):
-        raise BadLine("not an object", f"{where} is a JSON {type(fields).__name__}, not an object")
+    fields = parse_object(line, where=where)
     if text_field not in fields:
         raise BadLine(
             f"no field {text_field!r}",
@@ -130,14 +126,27 @@ def _parse(line: bytes, text_field: str, *, where: str) -> Document:
     return Document(text, fields)
 
 
-def _decode(content: bytes, *, where: str) -> str:
+def parse_object(line: bytes, *, where: str) -> dict[str, Any]:
+    """The JSON object that a line holds."""
+    text = decode(line, where=where)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):  # also integers of more digits than Python takes
+        raise BadLine("not JSON", f"{where} is not JSON: it starts {text[:40]!r}") from None
+    if not isinstance(fields, dict):
+        raise BadLine("not an object", f"{where} is a JSON {type(fields).__name__}, not an object")
+    return fields
+
+
+def decode(content: bytes, *, where: str) -> str:
+    """UTF-8, with or without a byte order mark."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadLine("not UTF-8", f"{where} is not UTF-8 text: {error.reason}") from None
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Split at newlines only: a line of JSONL may hold any other line separator in its text."""
     rest: list[bytes] = []
     for chunk in chunks:
@@ -150,7 +159,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(rest)
 
 
-def _chunks(file: epath.Path) -> Iterator[bytes]:
+def read_chunks(file: epath.Path) -> Iterator[bytes]:
     """The decompressed bytes of the file; a damaged or truncated one raises BadLine."""
     try:
         with file.open("rb") as raw:
