@@ -26,6 +26,7 @@ HELP = """\
 /reset         forget the conversation, keep the system message
 /save FILE     write the conversation to FILE, as JSON
 /system TEXT   set the system message; without TEXT, remove it
+/quality NAME  ask for good or bad answers, where the template has markers; without NAME, neither
 /exit          end (so does Ctrl-D)
 Ctrl-C stops an answer; what was written of it stays in the conversation."""
 
@@ -35,18 +36,33 @@ BOLD, DIM, PLAIN = "\033[1m", "\033[2m", "\033[0m"
 class Chat:
     """A conversation with `lm`, and the commands that change it. Reads and prints nothing."""
 
-    def __init__(self, lm: LanguageModel, *, system: str = "", seed: int = 0, **options: Any):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        system: str = "",
+        quality: str = "",
+        seed: int = 0,
+        **options: Any,
+    ):
         """`options` are those of `LanguageModel.chat`."""
         self.messages: list[dict[str, str]] = []
         self._lm, self._seed, self._options = lm, seed, options
         self._saved: set[Path] = set()
         self.set_system(system)
+        self.set_quality(quality)
 
     def set_system(self, text: str) -> None:
         """Raises ValueError, and changes nothing, if the template has no place for it."""
         system = [{"role": "system", "content": text}] if text else []
         render(self._lm.template, [*system, {"role": "user", "content": "a"}], generate=True)
         self.messages = system + [m for m in self.messages if m["role"] != "system"]
+
+    def set_quality(self, quality: str) -> None:
+        """Of the answers to come. Raises ValueError if the template has no marker for it."""
+        asked = [{"role": "user", "content": "a"}]
+        render(self._lm.template, asked, generate=True, quality=quality)
+        self._quality = quality
 
     def say(self, text: str, on_text: Callable[[str], None]) -> None:
         """Answer `text`, piece by piece to `on_text`.
@@ -64,11 +80,12 @@ class Chat:
 
         try:
             seed = self._seed + len(asked)  # the same question twice is two answers
-            self._lm.chat(asked, on_text=hear, seed=seed, **self._options)
+            self._lm.chat(asked, on_text=hear, seed=seed, quality=self._quality, **self._options)
         except KeyboardInterrupt:
             if not answer:
                 return
-        self.messages = [*asked, {"role": "assistant", "content": answer.strip()}]
+        quality = {"quality": self._quality} if self._quality else {}  # as it was asked
+        self.messages = [*asked, {"role": "assistant", "content": answer.strip()} | quality]
 
     def command(self, line: str) -> str:
         """Obey a line that begins with a slash; what to tell about it."""
@@ -82,6 +99,9 @@ class Chat:
         if name == "/system":
             self.set_system(rest)
             return "the system message is set" if rest else "there is no system message now"
+        if name == "/quality":
+            self.set_quality(rest)
+            return f"answers are asked to be {rest}" if rest else "answers are asked to be neither"
         if name == "/save":
             if not rest:
                 raise ValueError("/save needs the name of a file")
@@ -153,6 +173,7 @@ def main(argv: list[str]) -> None:
     chat = Chat(
         lm,
         system=options.system,
+        quality=options.quality,
         seed=options.seed,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -184,9 +205,10 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "The model: a file or folder of any format.")
-    flags.DEFINE_string("template", None, "Of text/template.py; by default the model's own.")
+    flags.DEFINE_string("template", None, "A name or .json file; default: the model's.")
     flags.DEFINE_string("tokenizer", None, "For a model without one: a file, folder or model.")
     flags.DEFINE_string("system", "", "The system message.")
+    flags.DEFINE_string("quality", "", "Ask for good or bad answers, if the template has markers.")
     flags.DEFINE_string("message", "", "Ask this, print the answer and end.")
     flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token every time.")
     flags.DEFINE_float("top_p", 0.9, "Sample from the likeliest tokens with this much probability.")

@@ -160,20 +160,23 @@ class LanguageModel:
         top_p: float = 0.9,
         seed: int = 0,
         stop: Sequence[str] = (),
+        quality: str = "",
     ) -> str:
         """The assistant's answer to `messages`, the last of which is the user's.
 
-        `on_text` hears of every piece of the answer as soon as it is certain.
+        `on_text` hears of every piece of the answer as soon as it is certain. `quality` "good" or
+        "bad" asks for such an answer, where the template has markers of them.
 
         Raises:
-          ValueError: no template; roles out of order; a conversation longer than the context.
+          ValueError: no template; roles out of order; no marker for `quality`; a conversation
+            longer than the context.
         """
         if self.template is None:
             raise ValueError(
                 "the model came without a chat template: name one, such as load(path, "
                 'template="vicuna") or --template=plain'
             )
-        segments = render(self.template, messages, generate=True)
+        segments = render(self.template, messages, generate=True, quality=quality)
         end = end_token(self.template)
         begun = False
 
@@ -191,7 +194,7 @@ class LanguageModel:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop=stop,
+            stop=[*self.template.stop, *stop],
             stop_ids=[self._tokenizer.special_id(end)] if end else [],
             on_text=on_answer if on_text else None,
         )

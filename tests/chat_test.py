@@ -18,13 +18,15 @@ class Parrot:
 
     template: ChatTemplate
     asked: list[Any] = dataclasses.field(default_factory=list)
+    prompts: list[str] = dataclasses.field(default_factory=list)
     interrupt_after: int = 2  # pieces
 
-    def chat(self, messages, *, on_text, seed, **options):
+    def chat(self, messages, *, on_text, seed, quality, **options):
         if len(messages) > 6:
             raise ValueError("70 tokens do not fit")
-        render(self.template, messages, generate=True)
+        segments = render(self.template, messages, generate=True, quality=quality)
         self.asked.append((messages, seed, options))
+        self.prompts.append("".join(s.text for s in segments if not s.special))
         pieces = [" You said ", messages[-1]["content"]]
         for number, piece in enumerate([*pieces, "."]):
             if number == self.interrupt_after:
@@ -130,3 +132,19 @@ def test_a_system_message_without_a_place_is_refused_at_once():
     Chat(Parrot(JinjaTemplate(source, ByteTokenizer())), system="Be kind.")
     chat, _, _, told = _talk(["/system Be kind.", "one"], template="koala")
     assert "no place for a system message" in told[0] and len(chat.messages) == 2
+
+
+def test_quality_is_that_of_the_answers_to_come():
+    lines = ["one", "/quality bad", "two", "/quality", "three", "/quality best"]
+    chat, lm, _, told = _talk(lines, template="koala")
+    one = "BEGINNING OF CONVERSATION: USER: one GPT:"
+    two = "You said one.USER: two An Unhelpful Answer:"
+    three = "You said two.USER: three GPT:"
+    assert lm.prompts == [one, one + two, one + two + three]
+    assert "no marker for the quality 'best'" in told[2]
+    qualities = [m.get("quality") for m in chat.messages if m["role"] == "assistant"]
+    assert qualities == [None, "bad", None]
+    _, _, _, told = _talk(["/quality bad"], template="vicuna")
+    assert "no marker" in told[0] and "koala" in told[0]
+    with pytest.raises(ValueError, match="no marker"):
+        Chat(lm, quality="best")

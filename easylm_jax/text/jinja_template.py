@@ -65,6 +65,10 @@ class JinjaTemplate:
     is always tokenised on its own, as the model writes it.
     """
 
+    markers: tuple[tuple[str, str], ...] = ()
+    user_with_input: str = ""
+    stop: tuple[str, ...] = ()
+
     def __init__(self, source: str, tokenizer: Tokenizer, *, name: str = "the model's own"):
         self.name = name
         self.hash = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -74,6 +78,7 @@ class JinjaTemplate:
             "bos_token": spelled.get(tokenizer.bos_id, ""),
             "eos_token": spelled.get(tokenizer.eos_id, ""),
         }
+        self.bos = self._tokens["bos_token"]
         try:
             self._compiled = _compile(source)
         except jinja2.TemplateError as error:
@@ -83,7 +88,10 @@ class JinjaTemplate:
     def _called(self) -> str:
         return f"the chat template {self.name!r}"
 
-    def segments(self, messages: Sequence[Message], *, generate: bool) -> list[Segment]:
+    def segments(
+        self, messages: Sequence[Message], *, generate: bool, quality: str
+    ) -> list[Segment]:
+        del quality  # without markers there is one
         own, contents = self._apart(messages, generate=generate)
         roles = [messages[number]["role"] for number, _ in contents]
         # What precedes an answer is the prompt, as far as a prompt goes; the rest is answered.

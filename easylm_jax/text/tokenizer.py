@@ -34,6 +34,8 @@ SAID_OF_ENDS = ("add_bos_token", "bos_token", "eos_token")  # in a `tokenizer_co
 # BOS and EOS of `tokenizer.json` files that come without a `tokenizer_config.json`.
 KNOWN_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]")
 KNOWN_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "[EOS]")
+# What ends a turn; LLaMA 1 and 2 have none, nor another use for the last.
+KNOWN_EOT = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<unk>")
 
 
 class Tokenizer(abc.ABC):
@@ -115,9 +117,15 @@ class Tokenizer(abc.ABC):
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     def special_id(self, name: str) -> int:
-        """The id of "bos", "eos" or a special token spelled as in the vocabulary."""
+        """The id of "bos", "eos", "eot" or a special token spelled as in the vocabulary.
+
+        "eot" ends a turn: the first of `KNOWN_EOT` that the vocabulary has, the last of which is
+        LLaMA's id 0. Its text never yields that, as bytes spell whatever is unknown.
+        """
         known = {"bos": self.bos_id, "eos": self.eos_id}
-        found = known[name] if name in known else self.piece_id(name)
+        spellings = KNOWN_EOT if name == "eot" else (name,)
+        candidates = [known[s] if s in known else self.piece_id(s) for s in spellings]
+        found = next((i for i in candidates if i is not None), None)
         if found is None:
             raise ValueError(
                 f"the tokenizer has no special token {name!r}: use one of its vocabulary, "
