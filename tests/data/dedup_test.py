@@ -1,0 +1,77 @@
+"""Duplicates: the first stays, and compared answers never remove one another."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from easylm_jax.data.dedup import drop_duplicates, drop_near_duplicates
+from tests.data.cleaning_test import pair, talk
+
+WORDS = [f"{a}{b}" for a in "bcdfghklmnprst" for b in ("a", "en", "ilo", "or", "u")]
+
+
+def text(rng: random.Random, count: int = 200) -> list[str]:
+    return rng.choices(WORDS, k=count)
+
+
+def test_what_counts_as_the_same():
+    first = (talk("What is  this?", "A thing."),)
+    other_answer = (talk("what is\nthis?", "Something else."),)
+    longer = (talk("What is this?", "a thing.", "Sure?", "Yes."),)
+    again = (talk("WHAT IS THIS?", "a  thing.", id="b:1"),)
+    groups = [first, other_answer, longer, again]
+    expected = {
+        "question": [first],
+        "exchange": [first, other_answer],
+        "conversation": [first, other_answer, longer],
+    }
+    for same, kept in expected.items():
+        counts: Counter[str] = Counter()
+        assert list(drop_duplicates(groups, counts, same=same)) == kept
+        assert counts == {f"same {same}": 4 - len(kept)}
+
+
+def test_compared_answers_are_duplicates_only_of_an_equal_pair():
+    pairs = [
+        tuple(pair("q", "x", "y")),
+        tuple(pair("q", "x", "z", id="p:2")),
+        tuple(pair("q", "y", "x", id="p:3")),  # another annotator disagreed
+        tuple(reversed(pair("Q", "X", "Y", id="p:4"))),
+        tuple(pair("q", "same", "same", id="p:5")),
+    ]
+    counts: Counter[str] = Counter()
+    assert list(drop_duplicates(pairs, counts, same="conversation")) == [*pairs[:3], pairs[4]]
+    assert counts == {"same conversation": 2}
+
+
+def test_planted_near_duplicates_are_found_and_the_first_is_kept():
+    pytest.importorskip("rensa")
+    rng = random.Random(0)
+    texts = [text(rng) for _ in range(40)]
+    groups = [(talk(" ".join(t[:50]), " ".join(t[50:]), id=f"a:{i}"),) for i, t in enumerate(texts)]
+    planted = []
+    for i, t in enumerate(texts[:10]):
+        changed = [*t[:100], "elsewhere", *t[101:]]  # 5 of 196 shingles differ
+        planted.append((talk(" ".join(changed[:50]).upper(), " ".join(changed[50:]), id=f"b:{i}"),))
+    related = []
+    for i, t in enumerate(texts[10:20]):
+        changed = [*t[:100], *text(rng, 100)]  # half differs: similarity 1/3
+        related.append((talk(" ".join(changed[:50]), " ".join(changed[50:]), id=f"c:{i}"),))
+    counts: Counter[str] = Counter()
+    kept = list(drop_near_duplicates([*groups, *planted, *related], counts, threshold=0.8))
+    assert kept == [*groups, *related]
+    assert counts == {"near duplicate (0.8)": 10}
+
+
+def test_compared_answers_that_are_nearly_equal_stay():
+    pytest.importorskip("rensa")
+    answer = " ".join(text(random.Random(1)))
+    group = tuple(pair("q", answer, answer + " indeed"))
+    assert list(drop_near_duplicates([group], Counter(), threshold=0.8)) == [group]
+
+
+def test_short_texts_differ_by_their_words():
+    pytest.importorskip("rensa")
+    groups = [(talk("2+2?", "4"),), (talk("2+3?", "5"),), (talk("2+2?", "4", id="b:1"),)]
+    assert list(drop_near_duplicates(groups, Counter(), threshold=0.8)) == groups[:2]
