@@ -1,5 +1,6 @@
 """Text in, text out: what `LanguageModel` adds to the sampler, by its own full forwards."""
 
+import dataclasses
 import functools
 
 import jax
@@ -128,6 +129,27 @@ def test_chat_is_generate_of_the_rendered_conversation_and_streams_its_text():
     assert "".join(pieces).strip() == said and len(pieces) > 1 and said
     with pytest.raises(ValueError, match="without a chat template"):
         _model(template=None).chat(messages)
+
+
+def test_chat_asks_for_the_quality_and_stops_where_the_template_says():
+    messages = [{"role": "user", "content": "hi"}]
+    hindsight = _model(template=dataclasses.replace(find_template("hindsight"), stop=()))
+    options = dict(max_new_tokens=20, seed=5)
+    answers = {}
+    for quality, marker in {"good": "A helpful answer:", "bad": "An unhelpful answer:"}.items():
+        prompt = [1, *LM.tokenizer.encode(f"User: hi {marker}")]
+        (expected,) = LM.generate([prompt], temperature=0.7, top_p=0.9, **options)
+        answers[quality] = hindsight.chat(messages, quality=quality, **options)
+        assert answers[quality] == expected.text.strip()
+    said = answers["good"]
+    assert said != answers["bad"] and len(said) > 4
+    stopping = dataclasses.replace(hindsight.template, stop=(said[2:4],))
+    heard = []
+    lm = _model(template=stopping)
+    stopped = lm.chat(messages, quality="good", on_text=heard.append, **options)
+    assert stopped == "".join(heard).strip() == said.split(said[2:4])[0].strip()
+    with pytest.raises(ValueError, match="no marker"):
+        LM.chat(messages, quality="good")
 
 
 def test_what_is_streamed_is_the_text_of_each_row():

@@ -449,7 +449,8 @@ def find_template(spec: str) -> Template:
     """The template of that name, or in that `.json` file; ValueError names those near it."""
     if spec.endswith(".json"):
         try:
-            return template_from_json(json.loads(epath.Path(spec).read_text()))
+            fields = json.loads(epath.Path(spec).read_text())
+            return template_from_json(fields if isinstance(fields, dict) else {})
         except (OSError, ValueError) as error:
             raise ValueError(f"no template can be read from {spec}: {error}") from None
     if spec not in TEMPLATES:
@@ -487,9 +488,11 @@ def template_from_json(fields: Mapping[str, Any]) -> Template:
             f"a template has the fields {', '.join(form)}; unknown or missing: {', '.join(wrong)}"
         )
     for name, value in fields.items():
-        parts = value.values() if isinstance(value, dict) else value
-        texts = isinstance(value, bool) or all(isinstance(part, str) for part in parts)
-        if type(value) is not type(form[name]) or not texts:
+        right = type(value) is type(form[name])
+        if right and isinstance(value, dict | list):
+            parts = value.values() if isinstance(value, dict) else value
+            right = all(isinstance(part, str) for part in parts)
+        if not right:
             raise ValueError(f"{name} is {value!r}: expected {KINDS[type(form[name])]}")
         place = PLACES.get(name)
         needed = (
