@@ -103,8 +103,8 @@ def measure(pieces: Sequence[Piece], cfg: TrainConfig) -> list[tuple[str, str]]:
     """Numbers of examples and tokens, their lengths, and what of the rows is not padding."""
     lengths = np.array([len(piece.ids) for piece in pieces])
     with_loss = sum(int((piece.weights[1:] > 0).sum()) for piece in pieces)
-    shares = (0, 10, 50, 90, 99, 100)
-    percentiles = np.percentile(lengths, shares, method="inverted_cdf")
+    named = {"least": 0, "10 %": 10, "median": 50, "90 %": 90, "99 %": 99, "most": 100}
+    percentiles = np.percentile(lengths, list(named.values()), method="inverted_cdf")
     pairs = int((lengths - 1).sum())
     packed = len(pack_all(iter(pieces), strategy=cfg.data.packing, seq_len=cfg.seq_len))
     alone = len(pack_all(iter(pieces), strategy="padded", seq_len=cfg.seq_len))
@@ -112,7 +112,7 @@ def measure(pieces: Sequence[Piece], cfg: TrainConfig) -> list[tuple[str, str]]:
     return [
         ("examples", f"{len(pieces):,}"),
         ("tokens", f"{lengths.sum():,}, of which {with_loss / lengths.sum():.1%} have loss"),
-        ("lengths", ", ".join(f"{p} %: {x:,}" for p, x in zip(shares, percentiles, strict=True))),
+        ("lengths", ", ".join(f"{x:,} ({of})" for of, x in zip(named, percentiles, strict=True))),
         (
             f"rows of {cfg.seq_len:,}",
             f"{packed:,} by packing={cfg.data.packing}, {efficiency:.1%} not padding; "
@@ -204,10 +204,9 @@ def tokens(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[Token]:
         yield Token(i, visible(text), False)
 
 
-_SHOWN = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421"}
-_SHOWN |= {ord("\n"): "↵\n", ord("\t"): "⇥\t"}
 _REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)
-_SHOWN |= {code: f"⟨U+{code:04X}⟩" for code in (*range(0x80, 0xA0), *_REORDERING)}
+_CODES = (*range(32), *range(0x7F, 0xA0), *_REORDERING)
+_SHOWN = {code: f"⟨U+{code:04X}⟩" for code in _CODES} | {ord("\n"): "↵\n", ord("\t"): "⇥\t"}
 
 
 def visible(text: str) -> str:
