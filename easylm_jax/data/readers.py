@@ -449,7 +449,7 @@ def oasst(record: Record, where: str, *, best: bool = False) -> Iterator[Convers
 def _rank(reply: Record) -> float:
     """0 is the best; replies that nobody ranked come last."""
     rank = reply.get("rank")
-    return rank if isinstance(rank, int | float) else math.inf
+    return float(rank) if isinstance(rank, int | float) else math.inf
 
 
 # ---------------------------------------------------------------------------------- comparisons
