@@ -14,6 +14,8 @@ def opening_lines(
     *,
     mesh_shape: Mapping[str, int],
     num_params: int,
+    num_trained: int,
+    data: str,
     total_steps: int,
     rows: int,
     seq_len: int,
@@ -23,9 +25,11 @@ def opening_lines(
     """Devices, sizes, where things go, and where the parameters come from."""
     sizes = ", ".join(f"{name} {size}" for name, size in mesh_shape.items())
     yield f"{jax.device_count()} x {jax.devices()[0].device_kind}: {sizes}"
+    trained = "" if num_trained == num_params else f", of which {num_trained:,} train"
+    yield f"data: {data}"
     yield (
-        f"{num_params:,} parameters, {total_steps:,} steps of {rows} rows x {seq_len} tokens = "
-        f"{total_steps * rows * seq_len:,} tokens"
+        f"{num_params:,} parameters{trained}, {total_steps:,} steps of {rows} rows x {seq_len} "
+        f"tokens = {total_steps * rows * seq_len:,} tokens"
     )
     yield f"everything is written to {workdir}"
     if restored is not None:
@@ -33,6 +37,23 @@ def opening_lines(
         yield f"resuming after step {restored.step:,}"
     elif init_from:
         yield f"starting from the parameters in {init_from}"
+
+
+def measured_lines(step: int, values: Mapping[str, float]) -> Iterator[str]:
+    """The measured values that are worth a line on the screen."""
+    if "heldout/loss" in values:
+        yield (
+            f"step {step:,}: held-out loss {values['heldout/loss']:.4f} nats per token, "
+            f"{values['heldout/bits_per_byte']:.4f} bits per byte"
+        )
+    shares = {n.split("/")[1]: v for n, v in values.items() if n.endswith("/prefers_chosen")}
+    if shares:
+        listed = ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
+        yield f"step {step:,}: the preferred answer is likelier under each marker: {listed}"
+    if "pairs/tells" in values:
+        yield f"step {step:,}: the markers tell which answer was preferred: " + (
+            f"{values['pairs/tells']:.1%} +- {values['pairs/tells_stderr']:.1%}"
+        )
 
 
 def closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:

@@ -64,9 +64,12 @@ class _Damaged(Exception):
 class Checkpointer:
     """The checkpoints of one run. Every host calls every method, in the same order.
 
-    Keeps the newest `keep_last`, and every multiple of `milestone_every` steps for ever. Only
-    `save` changes anything in `directory`, so a second process may restore while a run goes on.
+    Keeps the newest `keep_last`, every multiple of `milestone_every` steps for ever, and the step
+    that `best_step` names. Only `save` changes anything in `directory`, so a second process may
+    restore while a run goes on.
     """
+
+    best_step: int | None = None
 
     def __init__(self, directory: str, *, keep_last: int, milestone_every: int = 0) -> None:
         self._directory = _absolute(directory)
@@ -173,7 +176,7 @@ class Checkpointer:
     def _sweep(self) -> None:
         """Delete what killed and failed saves left behind, and checkpoints past their time."""
         steps = self.all_steps()
-        keep = set(steps[-self._keep_last :])
+        keep = {*steps[-self._keep_last :], self.best_step}
         if self._milestone_every:
             keep |= {step for step in steps if step % self._milestone_every == 0}
         for path in _step_directories(self._directory):

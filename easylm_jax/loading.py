@@ -8,7 +8,8 @@ function `easylm_jax.load` behind the module of the same name.)
 A native model is a folder as `train.py` and `convert.py` write it:
 
     config.json                     {"model": the fields of LlamaConfig, "stop_ids": [...], ...}
-    tokenizer/                      the tokenizer's files; chat_template.jinja if there is one
+    tokenizer/                      the tokenizer's files; chat_template.jinja if there is one;
+                                    template.json, the template that a run trained with
     checkpoints/00001200/           parameters under "params/" (`checkpoint.py`); the newest counts
 
 Named by that folder, by its `checkpoints`, or by one step inside.
@@ -16,6 +17,7 @@ Named by that folder, by its `checkpoints`, or by one step inside.
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import typing
@@ -28,19 +30,29 @@ from jax.sharding import Mesh
 
 from easylm_jax.array_types import Params
 from easylm_jax.config import from_config_dict
+from easylm_jax.data.finetuning import ChatConfig
 from easylm_jax.formats.foreign import Foreign, abstract_params, import_params
 from easylm_jax.language_model import LanguageModel
 from easylm_jax.mesh import BATCH_AXES, check_divides, make_mesh
 from easylm_jax.models.decoding import unstack_layers
 from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig
+from easylm_jax.models.lora import LoraConfig, init_adapters, merge
 from easylm_jax.models.presets import preset
+from easylm_jax.models.quantized import quantize_base
 from easylm_jax.preflight import check_same_model, check_vocabulary
 from easylm_jax.sharding import tree_shardings
 from easylm_jax.text.jinja_template import CHAT_TEMPLATE, JinjaTemplate, read_chat_template
-from easylm_jax.text.template import ChatTemplate, find_template
+from easylm_jax.text.template import (
+    ChatTemplate,
+    Template,
+    find_template,
+    template_to_json,
+    with_markers,
+)
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
 from easylm_jax.workdir import read_config
 
+TEMPLATE = "template.json"
 COMMIT = "commit.json"  # as in checkpoint.py, which brings 40 MB of Orbax that few models need
 SOUGHT_IN_FOLDER = (
     "checkpoints/ (a run of ours), config.json with weights (Hugging Face) or params.json with "
@@ -55,7 +67,7 @@ class Opened:
 
     `read(target)` gives the parameters in the layout and types of `target`. `tokenizer` and
     `chat_template` (Jinja source) are those that came with the model, as are the `stop_ids` that
-    end an answer. `template` is the name that a native configuration gives.
+    end an answer. `template` is the one that a native model was fine-tuned with.
     """
 
     path: str
@@ -63,7 +75,7 @@ class Opened:
     read: Callable[[Params], Params]
     tokenizer: Callable[[], Tokenizer] | None
     chat_template: str | None
-    template: str | None = None
+    template: ChatTemplate | None = None
     is_stacked: bool = False  # `target` must have its layers stacked
     stop_ids: tuple[int, ...] = ()
 
@@ -151,9 +163,11 @@ def target_params(config: LlamaConfig, mesh: Mesh) -> Params:
 def _find_template(
     opened: Opened, name: str | None, tokenizer: Tokenizer | None
 ) -> ChatTemplate | None:
-    """The template of that name, else the one its configuration names, else the model's own."""
-    if name := name or opened.template:
+    """The template of that name, else the one it was fine-tuned with, else its tokenizer's."""
+    if name:
         return find_template(name)
+    if opened.template:
+        return opened.template
     if opened.chat_template and tokenizer:
         return JinjaTemplate(opened.chat_template, tokenizer)
     return None
@@ -233,13 +247,19 @@ def open_native(path: str, checkpoints: str) -> Opened:
         )
     config = from_config_dict(LlamaConfig, saved["model"], f"{folder}/config.json: model")
     tokenizer = folder / "tokenizer"
+    read = functools.partial(_restore, checkpoints)
+    if saved.get("lora"):
+        lora = from_config_dict(LoraConfig, saved["lora"], f"{folder}/config.json: lora")
+        read = functools.partial(_restore_merged, checkpoints, saved["init_from"], config, lora)
     return Opened(
         path=path,
         config=config,
-        read=functools.partial(_restore, checkpoints),
+        read=read,
         tokenizer=functools.partial(load_tokenizer, str(tokenizer)) if tokenizer.exists() else None,
         chat_template=read_chat_template(str(tokenizer)),
-        template=saved.get("template"),
+        template=find_template(str(tokenizer / TEMPLATE))
+        if (tokenizer / TEMPLATE).exists()
+        else None,
         is_stacked=config.scan_layers,
         stop_ids=tuple(saved.get("stop_ids", ())),
     )
@@ -249,6 +269,35 @@ def _restore(checkpoints: str, target: Params) -> Params:
     from easylm_jax.checkpoint import restore_params
 
     return restore_params(checkpoints, target)
+
+
+def _restore_merged(
+    checkpoints: str, base: str, config: LlamaConfig, lora: LoraConfig, target: Params
+) -> Params:
+    """The parameters of `base` with the adapters of a run merged into them."""
+    try:
+        params = params_for_training(base, target, config)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{checkpoints} holds adapters of the model {base}, which cannot be read ({error}): "
+            'put it there, or change "init_from" in the config.json beside the checkpoints'
+        ) from None
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target)
+    shapes = jax.eval_shape(functools.partial(init_adapters, plain, lora), jax.random.key(0))
+    leaves = jax.tree.leaves(target)
+    mesh = leaves[0].sharding.mesh if leaves[0].sharding else None
+    adapters = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        tree_shardings(shapes, mesh, PARAM_RULES),
+    )
+    return merge(params, _restore(checkpoints, adapters), lora)
+
+
+def frozen_base(path: str, config: LlamaConfig, lora: LoraConfig, mesh: Mesh) -> Params:
+    """The parameters at `path` that adapters are trained beside, quantised if `lora` says so."""
+    params = params_for_training(path, target_params(config, mesh), config)
+    return params if lora.base == "full" else quantize_base(params, lora.base)
 
 
 def params_for_training(path: str, abstract_params: Params, config: LlamaConfig) -> Params:
@@ -283,11 +332,50 @@ def find_chat_template(spec: str) -> str | None:
     return opened.chat_template if opened else read_chat_template(spec)
 
 
-def save_tokenizer(tokenizer: Tokenizer, chat_template: str | None, folder: str) -> None:
-    """The folder `tokenizer/` of a native model."""
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    chat_template: str | None,
+    folder: str,
+    template: ChatTemplate | None = None,
+) -> None:
+    """The folder `tokenizer/` of a native model; `template` is what it was trained with, if any."""
     tokenizer.save(folder)
     if chat_template:
         (epath.Path(folder) / CHAT_TEMPLATE).write_text(chat_template)
+    if isinstance(template, Template):
+        text = json.dumps(template_to_json(template), indent=2, ensure_ascii=False)
+        (epath.Path(folder) / TEMPLATE).write_text(text)
+
+
+def training_template(
+    chat: ChatConfig | None, spec: str, tokenizer: Tokenizer
+) -> ChatTemplate | None:
+    """The template of a run that trains on conversations, its markers as `chat` says.
+
+    "tokenizer" is the Jinja template that lies with the tokenizer which `spec` names.
+    """
+    if chat is None:
+        return None
+    if chat.template == "tokenizer":
+        if not (source := find_chat_template(spec)):
+            raise ValueError(
+                f"data.chat.template is 'tokenizer', but no chat template lies with {spec}: name "
+                "one of text/template.py"
+            )
+        template: ChatTemplate = JinjaTemplate(source, tokenizer)
+    else:
+        template = find_template(chat.template)
+    if not chat.markers:
+        return template
+    if not isinstance(template, Template):
+        raise ValueError("data.chat.markers: a Jinja template has no place for markers")
+    return with_markers(template, chat.markers)
+
+
+def trained_template(path: str) -> ChatTemplate | None:
+    """The template that the native model at `path` was fine-tuned with; None if it was not."""
+    checkpoints = find_checkpoints(path)
+    return open_native(path, checkpoints).template if checkpoints else None
 
 
 def _model_with_tokenizer(spec: str) -> Opened | None:

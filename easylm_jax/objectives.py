@@ -34,12 +34,16 @@ Forward = Callable[[Params, Batch, PRNGKey | None], tuple[Hidden, Head]]
 CHUNK = 1024
 
 
-def cross_entropy(forward: Forward) -> Objective:
-    """Next-token prediction: the weighted sum of -log p(target), and of right guesses."""
+def cross_entropy(
+    forward: Forward, whole: Callable[[Params, Any], Params] = lambda params, frozen: params
+) -> Objective:
+    """Next-token prediction: the weighted sum of -log p(target), and of right guesses.
+
+    `whole` makes the model's parameters of those that train and those that do not.
+    """
 
     def objective(params: Params, frozen: Any, batch: Batch, rng: PRNGKey | None) -> Sums:
-        del frozen
-        hidden_BTD, head_DV = forward(params, batch, rng)
+        hidden_BTD, head_DV = forward(whole(params, frozen), batch, rng)
         loss, correct = cross_entropy_sums(hidden_BTD, head_DV, batch.targets, batch.weights)
         weight = batch.weights.sum()
         return {"loss": (loss, weight), "accuracy": (correct, weight)}

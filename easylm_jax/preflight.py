@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from easylm_jax.models.llama import LlamaConfig
+from easylm_jax.text.template import ChatTemplate
 from easylm_jax.text.tokenizer import Tokenizer
 from easylm_jax.workdir import Difference, compare_config, read_config, without
 
@@ -46,6 +47,18 @@ def check_same_tokenizer(saved: str, tokenizer: Tokenizer, workdir: str) -> None
         raise ValueError(
             f"the checkpoint in {workdir} was trained with another tokenizer (fingerprint "
             f"{saved[:12]}, got {tokenizer.fingerprint[:12]}); use {workdir}/tokenizer"
+        )
+
+
+def check_same_template(
+    trained: ChatTemplate | None, template: ChatTemplate | None, path: str
+) -> None:
+    """What was trained to answer in one template is not asked in another."""
+    if trained and template and trained.hash != template.hash:
+        raise ValueError(
+            f"{path} was trained with the template {trained.name!r} (hash {trained.hash}), this "
+            f"run asks for {template.name!r} (hash {template.hash}); set data.chat.template to "
+            f"{path}/tokenizer/template.json, or start from a model without one"
         )
 
 

@@ -1,12 +1,14 @@
-"""Stopping a run early: SIGTERM (preemption) and Ctrl-C end it after a step, with a checkpoint.
+"""Stopping a run early: on a signal, or when what it measures no longer gets better.
 
-What it is not: what happens then (`train.py`, which alone calls it). Killing is safe as well; this
-only saves the steps since the last checkpoint.
+SIGTERM (preemption) and Ctrl-C end it after a step, with a checkpoint. Killing is safe as well;
+this only saves the steps since the last checkpoint. What it is not: what happens then (`train.py`,
+which alone calls it).
 """
 
 import contextlib
+import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,3 +43,52 @@ def stop_signals(check_every: int) -> Iterator[Callable[[int], bool]]:
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopConfig:
+    """End the run when a measured value has not improved for a while, and keep the best model."""
+
+    metric: str = ""  # such as "heldout/loss" or "pairs/good/prefers_chosen"; empty: never
+    patience: int = 3  # measurements in a row without a better value
+    higher_is_better: bool = False
+
+
+class EarlyStop:
+    """What has been measured so far. `state` goes into checkpoints."""
+
+    def __init__(self, cfg: EarlyStopConfig):
+        self._cfg = cfg
+        self.best_step: int | None = None
+        self._best = 0.0
+        self._without_gain = 0
+        self.reason = ""  # why the run is to end, once it is
+
+    def push(self, step: int, values: Mapping[str, float]) -> bool:
+        """Take the values measured at `step`; whether they are the best so far."""
+        if not self._cfg.metric:
+            return False
+        if self._cfg.metric not in values:
+            raise ValueError(
+                f"early_stop.metric is {self._cfg.metric!r}, which this run does not measure; it "
+                f"measures {', '.join(values) or 'nothing: set data.heldout_files'}"
+            )
+        value = values[self._cfg.metric]
+        sign = 1 if self._cfg.higher_is_better else -1
+        if self.best_step is None or sign * (value - self._best) > 0:
+            self.best_step, self._best, self._without_gain = step, value, 0
+            return True
+        self._without_gain += 1
+        if self._without_gain >= self._cfg.patience:
+            self.reason = (
+                f"{self._cfg.metric} was best at step {self.best_step:,} ({self._best:.4f}) and "
+                f"has not improved in {self._without_gain} measurements: stopping"
+            )
+        return False
+
+    def state(self) -> dict[str, Any]:
+        return {"best_step": self.best_step, "best": self._best, "since": self._without_gain}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best_step, self._best = state["best_step"], state["best"]
+        self._without_gain = state["since"]

@@ -18,25 +18,30 @@ from ml_collections import config_flags
 
 from easylm_jax import loading
 from easylm_jax import workdir as run_files
-from easylm_jax.banner import closing_lines, opening_lines
+from easylm_jax.banner import closing_lines, measured_lines, opening_lines
 from easylm_jax.batch import check_batch
 from easylm_jax.checkpoint import Checkpointer, CheckpointError
 from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.prefetch import Prefetch
-from easylm_jax.data.source import DataConfig, heldout_batches, make_source
-from easylm_jax.evals.perplexity import evaluate, make_eval_sums
-from easylm_jax.evals.samples import sample_texts
+from easylm_jax.data.source import DataConfig, make_source
+from easylm_jax.measurements import EvalConfig, Measurements
 from easylm_jax.mesh import DistributedConfig, check_divides, make_mesh, start_processes
 from easylm_jax.metrics import MetricLog, Throughput, flops_per_token, peak_flops
-from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, init_params, make_forward
+from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, make_forward
+from easylm_jax.models.lora import LoraConfig, trainable, with_adapter_dropout
 from easylm_jax.monitor import Monitor, parse_window, profiler
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer, make_schedule, parse_duration
-from easylm_jax.preflight import check_same_run, check_same_tokenizer, check_vocabulary
+from easylm_jax.preflight import (
+    check_same_run,
+    check_same_template,
+    check_same_tokenizer,
+    check_vocabulary,
+)
 from easylm_jax.progress import Progress
 from easylm_jax.sharding import local_rows, to_global
 from easylm_jax.step import GuardConfig, train_step
-from easylm_jax.stopping import stop_signals
+from easylm_jax.stopping import EarlyStop, EarlyStopConfig, stop_signals
 from easylm_jax.train_state import abstract_state, init_state
 from easylm_jax.tree import num_elements
 
@@ -54,17 +59,6 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Held-out loss and samples, before the first step, every so often, and after the last."""
-
-    every: str = "1000 steps"
-    max_batches: int | None = None  # spread over the held-out text; None: all of it
-    prompts: tuple[str, ...] = ()
-    sample_tokens: int = 64
-    temperature: float = 0.8
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run."""
 
@@ -76,9 +70,11 @@ class TrainConfig:
     seq_len: int  # tokens per row
     micro_batches: int = 1  # a step adds up the gradients of this many equal parts of its batch
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig | None = None  # train adapters beside the parameters in init_from, not these
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     mesh: str = "1,-1,1,1"  # replica,fsdp,sequence,tensor
     distributed: DistributedConfig = DistributedConfig()
     seed: int = 0
@@ -92,6 +88,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         parse_window(self.profile)
+        if self.lora and not self.init_from:
+            raise ValueError("lora trains adapters of a model: name the model in init_from")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size = {self.batch_size} rows cannot be cut into micro_batches = "
@@ -117,14 +115,23 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         )
         tokenizer = loading.find_tokenizer(cfg.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)
-        rows = local_rows(mesh, cfg.batch_size)
-        shape = dict(batch_size=cfg.batch_size, seq_len=cfg.seq_len, tokenizer=tokenizer, rows=rows)
-        source = make_source(cfg.data, **shape)
-        heldout = functools.partial(
-            heldout_batches, cfg.data, **shape, max_batches=cfg.eval.max_batches
+        template = loading.training_template(cfg.data.chat, cfg.tokenizer, tokenizer)
+        if cfg.init_from:
+            check_same_template(loading.trained_template(cfg.init_from), template, cfg.init_from)
+        shape = dict(
+            batch_size=cfg.batch_size,
+            seq_len=cfg.seq_len,
+            tokenizer=tokenizer,
+            template=template,
+            rows=local_rows(mesh, cfg.batch_size),
         )
-        heldout()  # fails now, not after an hour, if something is wrong with it
+        source = make_source(cfg.data, **shape)
         place = functools.partial(to_global, mesh=mesh, batch_size=cfg.batch_size)
+        model = with_adapter_dropout(cfg.model, cfg.lora)
+        measurements = Measurements(
+            cfg.eval, data=cfg.data, model=model, **shape, place=place, seed=cfg.seed
+        )
+        early_stop = EarlyStop(cfg.early_stop)
 
         # ---- durations, optimiser ----
         tokens_per_step = cfg.batch_size * cfg.seq_len
@@ -141,12 +148,10 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         optimizer = make_optimizer(cfg.optim, schedule)
 
         # ---- state: the workdir's newest whole checkpoint, else init_from, else scratch ----
-        make_state = functools.partial(
-            init_state, functools.partial(init_params, cfg.model), optimizer, cfg.seed
-        )
+        init, whole = trainable(cfg.model, cfg.lora)
+        make_state = functools.partial(init_state, init, optimizer, cfg.seed)
         abstract = abstract_state(make_state, mesh, PARAM_RULES)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        num_params = num_elements(abstract.params)
         checkpoints = Checkpointer(
             f"{workdir}/checkpoints",
             keep_last=cfg.checkpoint.keep_last,
@@ -159,18 +164,22 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             check_same_tokenizer(restored.side["tokenizer"], tokenizer, workdir)
             state, step = restored.state, restored.step
             source.restore(restored.side["data"])
+            early_stop.restore(restored.side["early_stop"])
+            checkpoints.best_step = early_stop.best_step
         else:
             state, step = jax.jit(make_state, out_shardings=shardings)(), 0
-            if cfg.init_from:
+            if cfg.init_from and not cfg.lora:
                 params = loading.params_for_training(cfg.init_from, abstract.params, cfg.model)
                 state = state.replace(params=params)
+        frozen = None
+        if cfg.lora:
+            frozen = loading.frozen_base(cfg.init_from, cfg.model, cfg.lora, mesh)
 
         # ---- the compiled step ----
-        forward = make_forward(cfg.model)
         step_fn = jax.jit(
             functools.partial(
                 train_step,
-                objective=cross_entropy(forward),
+                objective=cross_entropy(make_forward(model), whole),
                 optimizer=optimizer,
                 num_micro_batches=cfg.micro_batches,
                 guard=cfg.guard,
@@ -178,7 +187,6 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
-        eval_sums = jax.jit(make_eval_sums(forward, tokenizer.token_bytes()))
 
         # ---- what is written and shown ----
         log = MetricLog(workdir, enabled=is_first, resume_step=step if restored else -1)
@@ -202,13 +210,17 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         )
         if is_first:
             config = dataclasses.asdict(cfg)
-            template = loading.find_chat_template(cfg.tokenizer)
-            save_text = functools.partial(loading.save_tokenizer, tokenizer, template)
+            template_beside = loading.find_chat_template(cfg.tokenizer)
+            save_text = functools.partial(
+                loading.save_tokenizer, tokenizer, template_beside, template=template
+            )
             run_files.record_start(workdir, config, argv=sys.orig_argv, save_tokenizer=save_text)
         for line in opening_lines(
             workdir,
             mesh_shape=mesh.shape,
-            num_params=num_params,
+            num_params=num_elements((abstract.params, frozen)),
+            num_trained=num_elements(abstract.params),
+            data=source.describe(),
             total_steps=total_steps,
             rows=cfg.batch_size,
             seq_len=cfg.seq_len,
@@ -218,29 +230,22 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             monitor.note(line)
 
         def measure() -> None:
-            values = evaluate(eval_sums, state.params, map(place, heldout()))
-            row = {f"eval/heldout/{name}": value for name, value in values.items()}
-            log.write(step, row | {"model/parameters": num_params})
-            if values:
-                monitor.note(
-                    f"step {step:,}: held-out loss {values['loss']:.4f} nats per token, "
-                    f"{values['bits_per_byte']:.4f} bits per byte"
-                )
-            if cfg.eval.prompts:
-                texts = sample_texts(
-                    state.params,
-                    cfg.eval.prompts,
-                    config=cfg.model,
-                    tokenizer=tokenizer,
-                    max_new_tokens=cfg.eval.sample_tokens,
-                    temperature=cfg.eval.temperature,
-                    seed=cfg.seed,
-                )
-                pairs = zip(cfg.eval.prompts, texts, strict=True)
-                log.write_text(step, [{"prompt": p, "text": t} for p, t in pairs])
+            params = whole(state.params, frozen)
+            values = measurements.values(params)
+            row = {f"eval/{name}": value for name, value in values.items()}
+            log.write(step, row | {"model/parameters": num_elements(params)})
+            for line in measured_lines(step, values):
+                monitor.note(line)
+            if texts := measurements.samples(params):
+                log.write_text(step, texts)
+            if early_stop.push(step, values):
+                checkpoints.best_step = step
+                save()
 
         def save() -> None:
             side = {"data": source.state(), "tokenizer": tokenizer.fingerprint}
+            side["early_stop"] = early_stop.state()
+            side["template"] = [template.name, template.hash] if template else None
             try:
                 checkpoints.save(step, state, side)
             except CheckpointError as error:
@@ -254,12 +259,14 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         first_step = step
         if restored is None:
             measure()
-        while step < total_steps and not monitor.must_stop and not stop_asked(step):
+        while step < total_steps and not (
+            monitor.must_stop or early_stop.reason or stop_asked(step)
+        ):
             profile_at(step)
             batch, data_metrics = source.next()
             if step == first_step:
                 check_batch(batch, vocab_size=cfg.model.vocab_size)
-            state, metrics = step_fn(state, place(batch))
+            state, metrics = step_fn(state, place(batch), frozen=frozen)
             step += 1
             monitor.push(step, metrics, data_metrics)
             if step % eval_every == 0 or step == total_steps:
@@ -272,6 +279,8 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         profile_at(step)
 
         # ---- the end ----
+        if early_stop.reason:
+            monitor.note(early_stop.reason)
         save()
         log.flush()
         checkpoints.wait()

@@ -12,6 +12,7 @@ objective does not know of it.
 
 import dataclasses
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -21,7 +22,6 @@ import numpy as np
 from easylm_jax.data.conversation import Conversation, Pair, find_pairs
 from easylm_jax.data.documents import BadLine, BadLines
 from easylm_jax.data.readers import read_conversations, read_records
-from easylm_jax.data.rows import stable_hash
 from easylm_jax.text.example import Example, encode_example
 from easylm_jax.text.fields import FieldsConfig, fields_example
 from easylm_jax.text.template import ChatTemplate, LossOn, Message, render
@@ -74,18 +74,19 @@ class Encoded(Sequence):
         self._encoded: list[tuple[np.ndarray, np.ndarray]] = []
         for example in examples:
             ids, weights = encode_example(example, tokenizer)
+            total = weights[1:].sum()  # the first token is never a target
             if chat and len(ids) - 1 > seq_len:
-                counts["trimmed" if chat.too_long == "trim" else "too long"] += 1
-                if chat.too_long == "drop":
+                is_kept = chat.too_long == "trim" and weights[1 : seq_len + 1].sum() > 0
+                counts["trimmed" if is_kept else "too long"] += 1
+                if not is_kept:
                     continue
                 ids, weights = ids[: seq_len + 1], weights[: seq_len + 1]
-            total = weights[1:].sum()  # the first token is never a target
+                total = weights[1:].sum()
             if not total > 0:
                 if on_bad_line == "error":
                     raise BadLine(
                         "no loss",
-                        f"example {example.meta['id']} has no token with a loss weight "
-                        f"{'in the first ' + str(seq_len) + ' tokens ' if chat else ''}and would "
+                        f"example {example.meta['id']} has no token with a loss weight and would "
                         "be trained on for nothing: mend or remove it, or set "
                         "data.on_bad_line='skip' to leave such out",
                     )
@@ -105,7 +106,10 @@ class Encoded(Sequence):
     @property
     def identity(self) -> int:
         """Equal for the same examples in the same order."""
-        return stable_hash([(stable_hash(i.tobytes(), w.tobytes())) for i, w in self._encoded])
+        digest = hashlib.blake2b(digest_size=8)
+        for ids, weights in self._encoded:
+            digest.update(ids.tobytes() + weights.tobytes())
+        return int.from_bytes(digest.digest(), "big")
 
 
 def chat_examples(

@@ -238,8 +238,10 @@ class PackedSource:
         return len(packer.ready) * self._seq_len
 
     def describe(self) -> str:
+        number = len(self._examples)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._left_out.items())
-        return f"{len(self._examples):,} examples{reasons and ', left out or cut: ' + reasons}"
+        counted = f"{number:,} example{'s' * (number != 1)}"
+        return counted + (f"; left out or cut: {reasons}" if reasons else "")
 
     def state(self) -> dict[str, Any]:
         packed = {"kind": "packed", "position": self._position, "made_of": self._made_of}

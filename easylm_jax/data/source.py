@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from easylm_jax.batch import Batch
+from easylm_jax.data.conversation import Pair, find_pairs
 from easylm_jax.data.documents import BadLines, read_documents
 from easylm_jax.data.finetuning import ChatConfig, Encoded, encode_files
 from easylm_jax.data.mixture import MixtureSource
@@ -25,6 +26,7 @@ from easylm_jax.data.packing import (
     lay_out,
     pack_all,
 )
+from easylm_jax.data.readers import read_conversations
 from easylm_jax.data.rows import check_joins_documents, rows_to_batch
 from easylm_jax.data.token_store import TokenStream, open_tokens
 from easylm_jax.text.example import document_example, encode_example
@@ -180,6 +182,25 @@ def heldout_batches(
 
     starts = range(0, len(everything), batch_size)
     return (make(everything[i : i + batch_size]) for i in starts)
+
+
+def heldout_pairs(cfg: DataConfig) -> list[Pair]:
+    """The compared answers among the held-out conversations."""
+    if not (cfg.chat and cfg.heldout_files):
+        raise ValueError("eval.pairs needs data.chat and data.heldout_files with compared answers")
+    conversations = read_conversations(
+        cfg.heldout_files,
+        reader=cfg.chat.reader,
+        source="",
+        counts=Counter(),
+        on_bad_line=cfg.on_bad_line,
+    )
+    if not (pairs := find_pairs(conversations)):
+        raise ValueError(
+            f"eval.pairs: no two answers in {', '.join(cfg.heldout_files)} were compared with one "
+            "another; give preference data or set it to 0"
+        )
+    return pairs
 
 
 def source_names(root: str) -> list[str]:

@@ -12,7 +12,9 @@ not, the base may be quantised (quantized.py). This file knows no training.
 
 import dataclasses
 import difflib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from easylm_jax.array_types import Params, PRNGKey
+from easylm_jax.models.llama import LlamaConfig, init_params
 from easylm_jax.models.quantized import CODES, dequantize_base, quantize_base
 from easylm_jax.tree import matches, named_leaves
 
@@ -129,3 +132,24 @@ def merge(base: Params, adapters: Params, config: LoraConfig) -> Params:
 
     new = merged(combine(trained_on, adapters, config))
     return jax.tree.map(lambda x, like: x.astype(like.dtype), new, base)
+
+
+def trainable(
+    model: LlamaConfig, lora: LoraConfig | None
+) -> tuple[Callable[[PRNGKey], Params], Callable[[Params, Params | None], Params]]:
+    """How the parameters that train are made, and `whole(trained, frozen)`, the model's of both.
+
+    Without adapters everything trains and nothing is frozen.
+    """
+    if lora is None:
+        return functools.partial(init_params, model), lambda params, frozen: params
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    return (
+        functools.partial(init_adapters, shapes, lora),
+        lambda adapters, base: combine(base, adapters, lora),
+    )
+
+
+def with_adapter_dropout(model: LlamaConfig, lora: LoraConfig | None) -> LlamaConfig:
+    """The model with the rate that `lora` gives to the input of its adapters."""
+    return dataclasses.replace(model, lora_dropout=lora.dropout) if lora else model
