@@ -220,35 +220,36 @@ class Template:
         next_roles = [m["role"] for m in messages[1:]] + ["assistant" if generate else ""]
         for message, next_role in zip(messages, next_roles, strict=True):
             role = message["role"]
+            texts = {role: message["content"], "input": message.get("input", "")}
+            if self.strip:
+                texts = {place: text.strip() for place, text in texts.items()}
             if role == "system":
                 if not self.opening_with_system:
                     raise ValueError(
                         f"template {self.name!r} has no place for a system message: leave it out, "
                         "or choose another template"
                     )
-                self._write(segments, self.opening_with_system, message)
+                self._write(segments, self.opening_with_system, texts, role=role)
                 opening = ""
             elif role == "user":
                 user = self.user_with_input if "input" in message else self.user
-                self._write(segments, opening + user, message)
+                self._write(segments, opening + user, texts, role=role)
                 opening = self.later_opening
             else:
                 self._open_answer(segments, message.get("quality", ""))
                 pattern = self.assistant.split("⟨")[0] if next_role == role else self.assistant
-                self._write(segments, pattern, message)
+                self._write(segments, pattern, texts, role=role)
         if generate or role == "user":
             self._open_answer(segments, quality)
         return segments
 
     def _open_answer(self, segments: list[Segment], quality: str) -> None:
-        marker = dict(self.markers).get(quality, "")
-        self._write(segments, self.answer_opening, {"role": "", "marker": marker})
+        texts = {"marker": dict(self.markers)[quality]} if self.markers else {}
+        self._write(segments, self.answer_opening, texts, role="")
 
-    def _write(self, segments: list[Segment], pattern: str, message: Message) -> None:
-        role, texts = message["role"], {"marker": message.get("marker", "")}
-        for place, key in ((role, "content"), ("input", "input")):
-            content = message.get(key, "")
-            texts[place] = content.strip() if self.strip else content
+    def _write(
+        self, segments: list[Segment], pattern: str, texts: Mapping[str, str], *, role: str
+    ) -> None:
         weight = float(role == "assistant")
         for text, special in re.findall("([^⟨]+)|⟨(.+?)⟩", pattern):
             if special:
@@ -270,7 +271,7 @@ def with_markers(template: Template, markers: Mapping[str, str]) -> Template:
     return dataclasses.replace(
         template,
         markers=tuple((old | dict(markers)).items()),
-        stop=tuple(renamed.get(text, text) for text in template.stop),
+        stop=tuple(text for old_text in template.stop if (text := renamed.get(old_text, old_text))),
     )
 
 
@@ -465,13 +466,6 @@ KINDS = {
     dict: 'texts by quality, such as {"": "GPT:", "good": "GPT:", "bad": "An Unhelpful Answer:"}',
     list: 'a list of texts, such as ["### Human:"]',
 }
-PLACES = {  # what a pattern, where there is one, must have a place for
-    "opening_with_system": "{system}",
-    "user": "{user}",
-    "user_with_input": "{input}",
-    "answer_opening": "{marker}",
-    "assistant": "{assistant}",
-}
 
 
 def template_to_json(template: Template) -> dict[str, Any]:
@@ -494,11 +488,16 @@ def template_from_json(fields: Mapping[str, Any]) -> Template:
             right = all(isinstance(part, str) for part in parts)
         if not right:
             raise ValueError(f"{name} is {value!r}: expected {KINDS[type(form[name])]}")
-        place = PLACES.get(name)
-        needed = (
-            fields["markers"] if place == "{marker}" else value or name in ("user", "assistant")
-        )
-        if place and needed and place not in value:
-            raise ValueError(f"{name} is {value!r}: expected {place} somewhere in it")
+    needed = {
+        "user": ["{user}"],
+        "assistant": ["{assistant}"],
+        "opening_with_system": ["{system}"] * bool(fields["opening_with_system"]),
+        "user_with_input": ["{user}", "{input}"] * bool(fields["user_with_input"]),
+        "answer_opening": ["{marker}"] * bool(fields["markers"]),
+    }
+    for name, places in needed.items():
+        for place in places:
+            if place not in fields[name]:
+                raise ValueError(f"{name} is {fields[name]!r}: expected {place} somewhere in it")
     markers, stop = tuple(fields["markers"].items()), tuple(fields["stop"])
     return Template(**dict(fields) | {"markers": markers, "stop": stop})
