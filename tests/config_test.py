@@ -1,7 +1,10 @@
 """Dataclass to ConfigDict and back, what the errors name, and that all of configs/ builds."""
 
 import dataclasses
+import functools
 import importlib.util
+import re
+from operator import getitem
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +12,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from easylm_jax.config import as_config_dict, from_config_dict
+from easylm_jax.data.readers import find_reader
 from easylm_jax.models.presets import PRESETS
-from easylm_jax.optim import parse_duration
+from easylm_jax.optim import make_schedule, parse_duration
 from easylm_jax.prepare import PrepareConfig
+from easylm_jax.text.template import find_template
 from easylm_jax.train import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -89,7 +94,19 @@ def test_errors_name_the_key_and_the_near_ones(config, message):
 
 # ---- configs/ ----------------------------------------------------------------------------------
 
-ARGUMENTS = {"llama_pretrain": ["7b", "13b", "33b", "65b", *sorted(PRESETS)]}
+ARGUMENTS = {
+    "llama_pretrain": ["7b", "13b", "33b", "65b", *sorted(PRESETS)],
+    "alpaca": ["7b", "13b"],
+    "vicuna": ["7b", "13b"],
+    "koala_sft": [f"{mix}{s}" for mix in ("distill", "all", "conditional") for s in ("", ":7b")],
+    "lima": ["7b", "13b", "33b", "65b"],
+    "llama2_sft": ["7b", "13b", "70b"],
+    "gpt4all": ["7b"],
+    "orca": ["chatgpt", "gpt4"],
+    "baize_lora": ["7b", "13b", "33b"],
+    "guanaco_qlora": ["7b", "13b", "33b", "65b"],
+    "false_promise": ["7b:0.3M", "7b:65M", "7b:66M", "7b:150M", "13b"],
+}
 FILES = sorted(CONFIGS.rglob("*.py"))
 CASES = [
     f"{path.relative_to(CONFIGS)}:{arg}" for path in FILES for arg in ARGUMENTS.get(path.stem, ())
@@ -106,7 +123,7 @@ def load(path: Path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_config_builds_and_becomes_its_dataclass(case):
-    name, *args = case.split(":")
+    name, *args = case.split(":", 1)
     path = CONFIGS / name
     module = load(path)
     schema = PrepareConfig if path.parent.name == "data" else TrainConfig
@@ -117,12 +134,73 @@ def test_every_config_builds_and_becomes_its_dataclass(case):
     for word in (command, "Purpose:", "Hardware:", str(path.relative_to(CONFIGS.parent))):
         assert word in module.__doc__
     if schema is TrainConfig:
-        tokens = section.batch_size * section.seq_len
-        steps = parse_duration(section.duration, tokens_per_step=tokens)
-        warmup = parse_duration(section.optim.warmup, tokens_per_step=tokens, total_steps=steps)
-        assert 0 < warmup < steps
+        units = dict(tokens_per_step=section.batch_size * section.seq_len)
+        steps = parse_duration(section.duration, **units, tokens_per_epoch=2**30)
+        warmup = parse_duration(section.optim.warmup, **units, total_steps=steps)
+        assert warmup < steps
         assert section.seq_len <= section.model.max_seq_len
         assert section.batch_size % section.micro_batches == 0
+
+
+RECIPES = sorted(ARGUMENTS.keys() - {"llama_pretrain"})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_where_it_is_from_and_its_commands_exist(name):
+    module = load(CONFIGS / f"{name}.py")
+    config, text = module.get_config(), module.__doc__
+    for word in ("Source:", "Data:", "Result:", "--config.init_from=PATH/"):
+        assert word in text
+    assert re.search(r"arXiv:\d{4}\.\d{5}\b", text)
+    assert set(re.findall(rf"configs/{name}\.py:(\S+)", text)) <= {*ARGUMENTS[name]}
+    train_flags = re.sub(r"python -m easylm_jax.prepare(.*\\\n)*.*", "", text)
+    for flag in re.findall(r"--config\.([\w.]+)=", train_flags):
+        *sections, leaf = flag.split(".")
+        assert leaf in functools.reduce(getitem, sections, config), flag
+    assert "--config.data.files=" in text or all(f.startswith("runs/") for f in config.data.files)
+    assert find_reader(config.data.chat.reader) and find_template(config.data.chat.template)
+
+
+# From the papers' tables and the authors' commands: batch, tokens per row, peak rate, the last.
+@pytest.mark.parametrize(
+    "case, expected",
+    [
+        ("alpaca:13b", (128, 512, 1e-5, 0, "5 epochs")),
+        ("vicuna:7b", (128, 2048, 2e-5, 0, "3 epochs")),
+        ("lima:65b", (32, 2048, 1e-5, 1e-6, "15 epochs")),
+        ("lima:7b", (64, 2048, 1e-5, 1e-6, "15 epochs")),
+        ("gpt4all:7b", (32, 1024, 5e-5, 0, "4 epochs")),
+        ("baize_lora:33b", (64, 512, 5e-5, 0, "1 epoch")),
+        ("guanaco_qlora:13b", (16, 512, 2e-4, 2e-4, "1875 steps")),
+        ("guanaco_qlora:65b", (16, 512, 1e-4, 1e-4, "1875 steps")),
+    ],
+)
+def test_recipes_are_those_that_were_published(case, expected):
+    name, argument = case.split(":")
+    cfg = from_config_dict(TrainConfig, load(CONFIGS / f"{name}.py").get_config(argument))
+    schedule = make_schedule(cfg.optim, total_steps=1000, tokens_per_step=1)
+    got = (cfg.batch_size, cfg.seq_len, cfg.optim.lr, float(schedule(1000)), cfg.duration)
+    assert got[:4] == pytest.approx(expected[:4], rel=1e-6, abs=1e-12) and got[4] == expected[4]
+
+
+def test_imitation_warms_up_for_1000_steps_where_there_are_as_many():
+    get_config = load(CONFIGS / "false_promise.py").get_config
+    assert [get_config(f"7b:{n}").optim.warmup for n in ("65M", "66M")] == ["10%", "1000 steps"]
+
+
+def test_a_recipe_takes_the_tokenizer_of_its_model_unless_one_is_named():
+    config = load(CONFIGS / "alpaca.py").get_config()
+    config.init_from = "model"
+    assert from_config_dict(TrainConfig, config).tokenizer == "model"
+    config.tokenizer = "other"
+    section = from_config_dict(TrainConfig, config)
+    assert (section.tokenizer, section.init_from) == ("other", "model")
+
+
+@pytest.mark.parametrize("name", ["alpaca", "koala_sft", "orca", "baize_lora", "guanaco_qlora"])
+def test_a_recipe_names_the_arguments_it_knows(name):
+    with pytest.raises(ValueError, match=f"'8b' is not one of .*{ARGUMENTS[name][0]}"):
+        load(CONFIGS / f"{name}.py").get_config("8b")
 
 
 def test_llama_pretrain_is_table_2_of_the_paper():
