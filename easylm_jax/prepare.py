@@ -8,8 +8,12 @@ writes
     DIR/<source>/        a token store (`data/token_store.py`)
     DIR/prepare.json     the config and all counts
 
-What it is not: a cleaner of text. A stage that is finished is not done again; one that was made
-with other settings is an error, never overwritten. Afterwards train with `data.root=DIR`.
+A config with `datasets` in place of `sources` makes fine-tuning data of conversations, which are
+cleaned and deduplicated on the way: `prepare_chat.py`.
+
+What it is not: a cleaner of the documents of `sources`. A stage that is finished is not done again;
+one that was made with other settings is an error, never overwritten. Afterwards train with
+`data.root=DIR`.
 """
 
 import dataclasses
@@ -28,6 +32,8 @@ from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.documents import BadLines, Document, match_files, read_documents
 from easylm_jax.data.token_store import StoreInfo, read_info, write_store
 from easylm_jax.loading import find_tokenizer
+from easylm_jax.prepare_chat import ChatPrepareConfig, prepare_chat
+from easylm_jax.prepare_chat import counts_table as chat_counts_table
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 TRAIN_TOKENIZER = "train"
@@ -193,14 +199,20 @@ def _origin(*parts: Any) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ValueError(f"unexpected argument {argv[1]!r}: write settings as --config.NAME=VALUE")
-    cfg = from_config_dict(PrepareConfig, flags.FLAGS.config)
-    infos = prepare(cfg, flags.FLAGS.out)
-    print(counts_table(infos))
-    print(f"done: train with data.root={flags.FLAGS.out}")
+    config, out = flags.FLAGS.config, flags.FLAGS.out
+    if "datasets" in config:
+        reports = prepare_chat(from_config_dict(ChatPrepareConfig, config), out)
+        print(chat_counts_table(reports))
+        print(f"done: train with data.files=('{out}/*/train.jsonl',)")
+    else:
+        print(counts_table(prepare(from_config_dict(PrepareConfig, config), out)))
+        print(f"done: train with data.root={out}")
 
 
 if __name__ == "__main__":  # flags are defined here because the config file imports this module
-    config_flags.DEFINE_config_file("config", None, "What to prepare: a file of configs/data/.")
+    config_flags.DEFINE_config_file(
+        "config", None, "What to prepare, documents or conversations: a file of configs/data/."
+    )
     flags.DEFINE_string("out", None, "Folder to write to; starting again there continues.")
     flags.mark_flags_as_required(["config", "out"])
     run_main(main)

@@ -41,6 +41,7 @@ ERROR_CHARACTERS = 200  # a longer answer that starts so is an answer
 
 LANGUAGE_CHARACTERS = 1000  # from the start; more does not change what is detected
 LANGUAGE_MIN_LETTERS = 20  # in shorter texts the detector guesses
+LANGUAGE_MIN_SCORE = 0.8  # below are code, and English questions about another language
 
 MESSAGE_TOKENS = 6  # room for the template's words around a message, as in FastChat
 
@@ -151,7 +152,8 @@ def drop_other_languages(
 ) -> Iterator[Group]:
     """Drop conversations that are in none of the languages `keep` (ISO 639-1, such as "en").
 
-    What is too short to tell is kept. fastText's lid.176, from the package; nothing is downloaded.
+    What is too short or too mixed to tell is kept. The model is fastText's lid.176, from the
+    package; nothing is downloaded.
     """
     detect = _language_detector()
     for group in groups:
@@ -174,7 +176,8 @@ def _language_detector() -> Callable[[Conversation], str]:
         text = "\n".join(m["content"] for m in conversation.messages)[:LANGUAGE_CHARACTERS]
         if sum(map(str.isalpha, text)) < LANGUAGE_MIN_LETTERS:
             return ""
-        return detector.detect(text)[0]["lang"]
+        best = detector.detect(text)[0]
+        return best["lang"] if best["score"] >= LANGUAGE_MIN_SCORE else ""
 
     return detect
 
