@@ -94,7 +94,7 @@ def inspect(cfg: TrainConfig, *, n: int, seed: int, split: Split, packed: bool) 
             items.append(_example_item(pieces[i], {"id": f"document {i + 1}"} | meta, tokenizer))
     if packed or cfg.data.root:
         batch = _first_batch(cfg, split, tokenizer, template)
-        rows = np.flatnonzero(batch.segment_ids.any(axis=1))
+        rows = np.flatnonzero(batch.segment_ids.any(axis=1)).tolist()
         items = [_row_item(batch, rows[i], tokenizer) for i in _draw(rng, len(rows), n)]
     return Page("Training data" if split == "train" else "Held-out data", facts, items)
 
