@@ -4,6 +4,7 @@ With EASYLM_SHARED naming a folder with `data/`, whole published files too, agai
 another way.
 """
 
+import dataclasses
 import gzip
 import json
 import os
@@ -254,7 +255,7 @@ LEFT_OUT = [  # reader, record, reason
     ("hh", {"chosen": HEAD + "1", "rejected": HEAD + "1"}, "equal answers"),
     ("webgpt", WEBGPT | {"score_0": 0.5}, "tie"),
     ("pandalm", _votes(0, 0, 2), "tie"),
-    ("pandalm", _votes(0, 1, 2), "tie"),
+    ("pandalm", _votes(1, 0, 2), "tie"),
     ("hc3", {"question": "q", "human_answers": [], "chatgpt_answers": []}, "no answer"),
     ("oasst", {"prompt": _node("prompter", "q")}, "no answer"),
 ]
@@ -412,8 +413,9 @@ def test_files_of_other_kinds_are_named(tmp_path):
 
 def test_what_is_written_is_read_again(tmp_path):
     first, _ = _of(tmp_path, "hh", {"text": [HEAD + "1", HEAD + "2"], "score": [0.0, 1.0]})
-    again, counts = _of(tmp_path, "messages", *map(to_json, first))
-    assert again == first and counts == {}
+    written = [to_json(conversation) | {"source": "another"} for conversation in first]
+    again, counts = _of(tmp_path, "messages", *written)
+    assert again == [dataclasses.replace(c, source="another") for c in first] and counts == {}
 
 
 # ------------------------------------------------------------------------- published data sets
