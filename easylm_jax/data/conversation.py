@@ -20,6 +20,7 @@ from easylm_jax.text.template import ROLES, Message
 
 Quality = Literal["", "good", "bad"]
 QUALITIES = ("", "good", "bad")
+MESSAGE_KEYS = ("role", "content", "input")  # of what other people write into a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,9 @@ def from_json(fields: Mapping[str, Any], *, where: str, source: str = "") -> Con
         )
     return Conversation(
         id=str(fields.get("id", where)),
-        messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
+        messages=tuple(
+            {k: m[k] for k in MESSAGE_KEYS if isinstance(m.get(k), str)} for m in messages
+        ),
         source=str(fields.get("source", source)),
         quality=quality,
         pair=str(fields.get("pair", "")),

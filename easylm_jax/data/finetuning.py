@@ -74,6 +74,11 @@ class Encoded(Sequence):
         self._encoded: list[tuple[np.ndarray, np.ndarray]] = []
         for example in examples:
             ids, weights = encode_example(example, tokenizer)
+            if ids.max(initial=0) >= tokenizer.vocab_size:
+                raise ValueError(
+                    f"example {example.meta['id']} holds the id {ids.max()}, but the tokenizer has "
+                    f"{tokenizer.vocab_size}: its ids were made with another one"
+                )
             total = weights[1:].sum()  # the first token is never a target
             if chat and len(ids) - 1 > seq_len:
                 is_kept = chat.too_long == "trim" and weights[1 : seq_len + 1].sum() > 0
@@ -228,7 +233,7 @@ def encode_files(
     counts: Counter[str] = Counter()
     if chat is not None:
         conversations = read_conversations(
-            files, reader=chat.reader, source="", counts=counts, on_bad_line=on_bad_line
+            files, reader=chat.reader, source=chat.reader, counts=counts, on_bad_line=on_bad_line
         )
         examples = chat_examples(
             conversations, chat, template, counts=counts, on_bad_line=on_bad_line
