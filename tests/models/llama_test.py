@@ -19,7 +19,7 @@ from easylm_jax.models.llama import (
     make_forward,
     output_logits,
 )
-from easylm_jax.models.regularizers import forget_keys
+from easylm_jax.models.regularizers import forget_keys, noisy_embeddings
 from easylm_jax.objectives import cross_entropy, token_losses
 from easylm_jax.tree import named_leaves
 from tests.tiny import (
@@ -184,6 +184,7 @@ REGULARISERS = {
     "residual": {"residual_dropout": (0.5, 0.5)},
     "feedforward": {"feedforward_dropout": (0.5, 0.5)},
     "attention": {"attention": dataclasses.replace(tiny_config().attention, dropout=0.5)},
+    "neftune": {"neftune_alpha": 5.0},
     "forgetful": {"fcm_min_ratio": 0.3, "fcm_max_ratio": 0.6},
 }
 
@@ -255,6 +256,24 @@ def test_forgetful_masking_forgets_the_right_share_and_never_a_first_key():
     shares = forgotten[:, positions[0] > 0].mean(axis=1)
     assert 0.2 - 0.04 < shares.min() < 0.24 and 0.46 < shares.max() < 0.5 + 0.04  # 4 std of 2048
     assert abs(shares.mean() - 0.35) < 4 * 0.3 / np.sqrt(12 * B)
+
+
+def test_noise_on_embeddings_fills_the_bound_of_each_document_and_never_padding():
+    """NEFTune: uniform within alpha / sqrt(n * D), n the tokens of the document, not the row."""
+    alpha, D, lengths = 5.0, 256, (4, 9, 30)
+    row = np.repeat((1, 2, 3, 0), (*lengths, 7))
+    segments = jnp.asarray(np.stack([row, np.ones_like(row)]), jnp.int32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, D)), jnp.float32)
+    noisy = noisy_embeddings(x, segments, alpha=alpha, key=jax.random.key(0))
+    noise = np.asarray(noisy, np.float64) - np.asarray(x, np.float64)
+    assert (noise[0, 43:] == 0).all()
+    parts = [(noise[0, row == i + 1], n) for i, n in enumerate(lengths)] + [(noise[1], 50)]
+    for part, n in parts:
+        unit = part / (alpha / np.sqrt(n * D))
+        assert 0.99 < np.abs(unit).max() <= 1 + 1e-5
+        assert abs(unit.mean()) < 4 / np.sqrt(3 * unit.size)
+        assert abs(unit.std() * np.sqrt(3) - 1) < 0.1
+    assert noisy_embeddings(x, segments, alpha=alpha, key=None) is x
 
 
 def test_forgetful_masking_is_the_same_in_both_attentions():
