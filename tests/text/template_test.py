@@ -333,6 +333,12 @@ def test_loss_on_all_or_on_the_last_answer(name):
         assert last_weights.any()
 
 
+def test_the_last_answer_begins_where_the_one_before_it_ended():
+    turns = [("user", "u"), ("assistant", "a1"), ("user", ""), ("assistant", "a2")]
+    segments = render(find_template("plain"), _messages(turns), loss_on="last")
+    assert _written(segments) == "⟨bos⟩ua1⟨eos⟩«a2⟨eos⟩»"
+
+
 # ---- ids that others made -----------------------------------------------------------------------
 
 
@@ -409,6 +415,7 @@ def _as_fields(fields):
         ({"user": "Human:"}, "user is 'Human:': expected {user} somewhere"),
         ({"assistant": ""}, "assistant is '': expected {assistant} somewhere"),
         ({"answer_opening": "GPT:"}, "answer_opening is 'GPT:': expected {marker} somewhere"),
+        ({"user_with_input": "{user}"}, "user_with_input is '{user}': expected {input} somewhere"),
         ({"opening": 1}, "opening is 1: expected a text"),
         ({"strip": "no"}, "strip is 'no': expected true or false"),
         ({"stop": [1]}, r"stop is \[1\]: expected a list of texts"),
