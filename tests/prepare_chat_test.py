@@ -42,13 +42,13 @@ def cfg(tmp_path):
     rng = random.Random(0)
     asked = [" ".join(text(rng, 5)) for _ in range(150)]
     a = [talk(q, " ".join(text(rng, 30)), id=f"a:{i}") for i, q in enumerate(asked)]
-    long = [" ".join(text(rng, 12)) for _ in range(20)]
+    long = [[asked[2], *(" ".join(text(rng, 12)) for _ in range(19))] for _ in range(4)]
     a += [
         talk(asked[0].upper(), a[0].messages[1]["content"], id="again"),
         talk(asked[1], "ChatGPT cannot say", id="keyword"),
         talk(PROMPT, "I cannot", id="contaminated"),
         talk("a", "b", id="short"),
-        talk(*long, id="long"),
+        *(talk(*texts, id=f"long{i}") for i, texts in enumerate(long)),
     ]
     write(tmp_path / "a.jsonl", a, '{"messages": [{"role": "user", "content": "left alone"}]}\n')
     b = [
@@ -81,7 +81,7 @@ def test_every_conversation_is_kept_or_counted(cfg, tmp_path):
     out = tmp_path / "out"
     reports = prepare_chat(from_config_dict(ChatPrepareConfig, as_config_dict(cfg)), str(out))
     a, b = reports["a"], reports["b"]
-    assert a["read"] == 155
+    assert a["read"] == 158
     assert a["dropped"] == {
         "holds 'chatgpt'": 1,
         "under 3 characters": 1,
@@ -98,11 +98,11 @@ def test_every_conversation_is_kept_or_counted(cfg, tmp_path):
         assert report["read"] == report["kept"] + sum(report["dropped"].values())
         written[name] = [c for side in sides for c in side]
         assert len(written[name]) == report["written"]
-    pieces = [c for c in written["a"] if c.id.startswith("long/")]
-    assert len(written["a"]) == a["kept"] + len(pieces) - 1 and len(pieces) > 1
+    pieces = [c for c in written["a"] if c.id.startswith("long")]
+    assert len(written["a"]) == a["kept"] + len(pieces) - 4 and len(pieces) > 4
     assert len(find_pairs(written["b"])) == 20
     source = {c.id: c for c in read(tmp_path / "b.jsonl")}
-    assert all(c == dataclasses.replace(source[c.id], source="b") for c in written["b"])
+    assert written["b"] == [dataclasses.replace(source[c.id], source="b") for c in written["b"]]
     table = counts_table(reports)
     assert "dropped: 1 same exchange" in table and "found: 1 prompts of lakes" in table
     assert json.loads((out / "counts.json").read_text())["datasets"]["b"] == b
@@ -134,7 +134,7 @@ def test_the_same_input_gives_the_same_files_in_another_order(cfg, tmp_path):
     data = data_of(tmp_path / "one")
     assert data == data_of(tmp_path / "two") and len(data) == 4
     ids = [json.loads(line)["id"] for line in data["a/train.jsonl"].splitlines()]
-    assert ids != sorted(ids, key=lambda i: int("".join(filter(str.isdigit, i)) or 0))
+    assert ids[:3] == ["a:129", "a:8", "a:101"]  # in every process and version
 
 
 def test_a_finished_data_set_is_kept_and_others_settings_are_refused(cfg, tmp_path, capsys):
