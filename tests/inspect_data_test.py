@@ -190,6 +190,8 @@ def test_prepared_data_and_held_out_text(tmp_path):
         shown = as_text(page, colour=False)
         inner = re.findall("⟨<s>⟩⟦([a-f]+)⟨</s>⟩⟧", shown)
         assert len(inner) > 5 and set(inner) <= set(texts)
+        inside = [passage for item in page.items for passage in item.passages[:-1]]
+        assert {passage.runs[-1].tokens[-1].text for passage in inside} == {"⟨</s>⟩"}
 
     files = tmp_path / "x.jsonl"
     files.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -212,6 +214,7 @@ def test_numbers_by_hand():
     assert facts["examples"] == "5"
     assert facts["tokens"] == f"2,405, of which {206 / 2405:.1%} have loss"
     assert facts["lengths"].startswith("101 (least)") and "401 (median)" in facts["lengths"]
+    assert dict(measure([piece(2, 2)], cfg))["tokens"] == "2, of which 50.0% have loss"
     # 500 + 100, 400 + 200 and two rows of the longest; alone six rows.
     assert facts["rows of 600"].startswith("4 by packing=best_fit, 100.0% not padding; 6 with")
     assert facts["rows of 600"].endswith(f"{2400 / 3600:.1%}")
