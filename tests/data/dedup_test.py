@@ -64,11 +64,31 @@ def test_planted_near_duplicates_are_found_and_the_first_is_kept():
     assert counts == {"near duplicate (0.8)": 10}
 
 
+def test_few_are_missed_above_the_threshold_and_none_found_below():
+    pytest.importorskip("rensa")
+    rng = random.Random(2)
+    groups, planted = [], {0.78: [], 0.87: []}
+    for i in range(100):
+        words = [str(rng.random()) for _ in range(204)]  # 200 shingles
+        groups.append((talk(" ".join(words), "yes", id=f"a:{i}"),))
+        for similarity, found in planted.items():
+            common = round(400 * similarity / (1 + similarity))
+            changed = [*words[: common + 4], *(str(rng.random()) for _ in range(200 - common))]
+            found.append((talk(" ".join(changed), "yes", id=f"b:{i}"),))
+    kept = list(drop_near_duplicates([*groups, *planted[0.87]], Counter(), threshold=0.8))
+    assert len(kept) <= 105
+    kept = list(drop_near_duplicates([*groups, *planted[0.78]], Counter(), threshold=0.8))
+    assert len(kept) == 200
+
+
 def test_compared_answers_that_are_nearly_equal_stay():
     pytest.importorskip("rensa")
     answer = " ".join(text(random.Random(1)))
     group = tuple(pair("q", answer, answer + " indeed"))
-    assert list(drop_near_duplicates([group], Counter(), threshold=0.8)) == [group]
+    other = tuple(pair("q", answer, " ".join(text(random.Random(2))), id="p:2"))
+    again = tuple(pair("q", answer + " so", answer, id="p:3"))
+    groups = [group, other, again]
+    assert list(drop_near_duplicates(groups, Counter(), threshold=0.8)) == groups[:2]
 
 
 def test_short_texts_differ_by_their_words():
