@@ -19,6 +19,7 @@ TEST = [
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",
     "beartype==0.23.1",
+    "qwix==0.1.8",  # what quantised kernels are compared with
     "ruff==0.17.5",
     *REPORT,
     *CLEAN,

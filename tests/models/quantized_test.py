@@ -53,8 +53,10 @@ def test_what_lies_on_the_levels_comes_back_exactly_and_zeros_stay_zeros(how):
     absmax = 2.0 ** rng.integers(-3, 3, size=(2, 3, 1, 24))
     absmax[0, 1] = 0.0
     kernel = jnp.asarray((units * absmax).reshape(2, 192, 24), jnp.float32)
+    leaves = quantize(kernel, how)
+    assert (leaves[how][0, 64:128] == (7 if how == "nf4" else 0)).all()
     rounding = 0 if how == "nf4" else 2**-23  # sevenths are no floats
-    assert_close(dequantize(quantize(kernel, how), jnp.float32), kernel, rtol=rounding)
+    assert_close(dequantize(leaves, jnp.float32), kernel, rtol=rounding)
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
