@@ -111,7 +111,7 @@ def load(
         target_params(dataclasses.replace(config, scan_layers=opened.is_stacked), mesh)
     )
     return LanguageModel(
-        config=config,
+        config=dataclasses.replace(config, scan_layers=False),
         params=unstack_layers(params) if opened.is_stacked else params,
         tokenizer=text,
         template=_find_template(opened, template, text),

@@ -35,6 +35,7 @@ from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import Llama, RopeScaling, init_params, output_logits
 from easylm_jax.models.presets import PRESETS
 from easylm_jax.preflight import check_same_model
+from easylm_jax.text.template import find_template
 from easylm_jax.text.tokenizer import ByteTokenizer, train_sentencepiece
 from easylm_jax.tree import named_leaves
 from tests.tiny import tiny_config
@@ -265,8 +266,7 @@ def test_the_template_a_run_was_trained_with_comes_before_that_of_its_tokenizer(
     model = random_model(tokenizer=ByteTokenizer(), chat_template=TEMPLATE)
     run = write("native", model, tmp_path)
     assert load(run).template.name == "the model's own"
-    config = Path(run) / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"template": "vicuna"}))
+    save_tokenizer(ByteTokenizer(), TEMPLATE, f"{run}/tokenizer", find_template("vicuna"))
     assert load(run).template.name == "vicuna"
     assert load(run, template="plain").template.name == "plain"
 

@@ -65,7 +65,7 @@ def _refuse(conversation: Conversation, reason: str, found: str) -> None:
     raise BadLine(
         reason,
         f"conversation {conversation.id}: {found}; expected user and assistant in turns, after at "
-        "most one system message, each with text, the last an answer (data.on_bad_line='skip' "
+        "most one system message, each with text, the last an answer (on_bad_line='skip' "
         "leaves such out and counts them)",
     )
 
