@@ -16,6 +16,7 @@ from easylm_jax.data.readers import find_reader
 from easylm_jax.models.presets import PRESETS
 from easylm_jax.optim import make_schedule, parse_duration
 from easylm_jax.prepare import PrepareConfig
+from easylm_jax.prepare_chat import ChatPrepareConfig
 from easylm_jax.text.template import find_template
 from easylm_jax.train import TrainConfig
 
@@ -126,11 +127,13 @@ def test_every_config_builds_and_becomes_its_dataclass(case):
     name, *args = case.split(":", 1)
     path = CONFIGS / name
     module = load(path)
-    schema = PrepareConfig if path.parent.name == "data" else TrainConfig
     config = module.get_config(*args)
+    schema = TrainConfig
+    if path.parent.name == "data":
+        schema = ChatPrepareConfig if "datasets" in config else PrepareConfig
     section = from_config_dict(schema, config)
     assert as_config_dict(section).to_dict() == config.to_dict()
-    command = f"python -m easylm_jax.{'prepare' if schema is PrepareConfig else 'train'}"
+    command = f"python -m easylm_jax.{'train' if schema is TrainConfig else 'prepare'}"
     for word in (command, "Purpose:", "Hardware:", str(path.relative_to(CONFIGS.parent))):
         assert word in module.__doc__
     if schema is TrainConfig:
