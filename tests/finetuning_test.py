@@ -3,28 +3,47 @@
 What is made of conversations is tested in `tests/data/finetuning_test.py`.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
+import json
+import random
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easylm_jax.convert import convert, write_native
+from easylm_jax.data import finetuning
 from easylm_jax.data.finetuning import ChatConfig
 from easylm_jax.data.packing import Piece, lay_out, pack_all
 from easylm_jax.data.source import DataConfig, open_examples
+from easylm_jax.loading import load
+from easylm_jax.measurements import EvalConfig
 from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward
+from easylm_jax.models.lora import LoraConfig, combine
 from easylm_jax.objectives import cross_entropy
+from easylm_jax.optim import OptimConfig
 from easylm_jax.sharding import to_global, tree_shardings
 from easylm_jax.step import GuardConfig, train_step
-from easylm_jax.text.template import find_template
+from easylm_jax.stopping import EarlyStopConfig
+from easylm_jax.text.example import encode_segment
+from easylm_jax.text.template import find_template, render
 from easylm_jax.text.tokenizer import ByteTokenizer
+from easylm_jax.train import CheckpointConfig, TrainConfig, train
 from easylm_jax.train_state import init_state
+from experiments.controlled_conditioning import run as digits
+from tests import command
 from tests.data.finetuning_test import talk, two_answers, write
+from tests.loading_test import random_model
 from tests.step_test import gradient_recorder
 from tests.tiny import assert_close, tiny_config
+from tests.train_test import compiled_once  # noqa: F401, a fixture
 
 TOKENIZER = ByteTokenizer()
 MODEL = tiny_config(vocab_size=264, max_seq_len=128)
@@ -162,3 +181,106 @@ def test_two_answers_of_unlike_length_by_hand(weighting, mean, tmp_path):
 
     total, weight = cross_entropy(forward)({}, None, jax.tree.map(jnp.asarray, batch), None)["loss"]
     assert total / weight == pytest.approx(mean, rel=1e-5)
+
+
+# ---- what is learnt -----------------------------------------------------------------------------
+
+
+def config(files: tuple[str, ...], **changes) -> TrainConfig:
+    """`changes` are of TrainConfig, ChatConfig and DataConfig, or `steps`."""
+    steps = changes.pop("steps", 8)
+    chat = {
+        f.name: changes.pop(f.name) for f in dataclasses.fields(ChatConfig) if f.name in changes
+    }
+    data = {
+        f.name: changes.pop(f.name) for f in dataclasses.fields(DataConfig) if f.name in changes
+    }
+    return TrainConfig(
+        **dict(
+            model=MODEL,
+            tokenizer="bytes",
+            data=DataConfig(
+                files=files, chat=ChatConfig(**{"template": "hindsight"} | chat), **data
+            ),
+            duration=f"{steps} steps",
+            batch_size=8,
+            seq_len=64,
+            optim=OptimConfig(lr=1e-2, warmup="2 steps", weight_decay=0.0),
+            checkpoint=CheckpointConfig(every="1000 steps"),
+            eval=EvalConfig(every="1000 steps"),
+            mesh="1,1,1,1" if jax.device_count() == 1 else "8,1,1,1",
+        )
+        | changes
+    )
+
+
+def shown(cfg: TrainConfig, workdir: Path) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        train(cfg, str(workdir))
+    return out.getvalue()
+
+
+def prompt_ids(lm, messages: list[dict], **how) -> list[int]:
+    segments = render(lm.template, messages, generate=True, **how)
+    return [i for segment in segments for i in encode_segment(segment, lm.tokenizer)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learns_to_end", [True, False])
+def test_eight_dialogues_are_learnt_by_heart_and_end_if_ends_were_learnt(
+    learns_to_end, tmp_path, monkeypatch
+):
+    rng = random.Random(0)
+
+    def text(longest: int) -> str:
+        return "".join(rng.choices("abcdefgh", k=rng.randint(3, longest)))
+
+    dialogues = [talk(f"{n} {text(5)}", text(9), text(3), text(9)) for n in range(8)]
+    encode = finetuning.encode_example
+
+    def without_end(example, tokenizer):
+        ids, weights = encode(example, tokenizer)
+        return ids, np.where(ids == tokenizer.eos_id, 0, weights)
+
+    if not learns_to_end:
+        monkeypatch.setattr(finetuning, "encode_example", without_end)
+    cfg = config((write(tmp_path, dialogues),), steps=100, seq_len=40, template="plain")
+    train(cfg, str(tmp_path / "run"))
+    lm = load(str(tmp_path / "run"))
+    histories = [one["messages"][:n] for one in dialogues for n in (1, 3)]
+    answers = [one["messages"][n]["content"] for one in dialogues for n in (1, 3)]
+    said = lm.generate(
+        [prompt_ids(lm, history) for history in histories], max_new_tokens=24, temperature=0.0
+    )
+    if learns_to_end:
+        assert [s.text for s in said] == answers
+        assert {s.finish_reason for s in said} == {"stop"}
+        assert lm.chat(histories[1], temperature=0.0) == answers[1]
+    else:
+        assert all(s.text.startswith(a) for s, a in zip(said, answers, strict=True))
+        assert {s.finish_reason for s in said} == {"length"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_answers_follow_the_marker_unless_markers_were_dealt_out_at_random(shuffled, tmp_path):
+    """Even digits are good and odd ones bad, as in experiments/controlled_conditioning."""
+    rng = random.Random(0)
+    pairs = tmp_path / "pairs.jsonl"
+    digits.write_pairs(pairs, num=256, shuffled=shuffled, rng=rng)
+    judged = dict(judged=("good", "bad"), conditional=True, packing="padded")
+    optim = OptimConfig(lr=1e-2, warmup="5 steps", final_lr_ratio=0.0)
+    cfg = config((str(pairs),), steps=120, batch_size=16, seq_len=56, optim=optim, **judged)
+    train(cfg, str(tmp_path / "run"))
+    lm = load(str(tmp_path / "run"))
+    questions = [[{"role": "user", "content": digits.question(rng)}] for _ in range(128)]
+    share = {}
+    for quality in ("good", "bad"):
+        prompts = [prompt_ids(lm, question, quality=quality) for question in questions]
+        said = lm.generate(prompts, max_new_tokens=16, batch_size=128)
+        share[quality] = sum(digits.is_good(one.text.strip()) for one in said) / len(said)
+    if shuffled:
+        assert all(0.25 <= p <= 0.75 for p in share.values()), share
+    else:
+        assert share["good"] >= 0.95 and share["bad"] <= 0.05, share
