@@ -53,6 +53,10 @@ class EarlyStopConfig:
     patience: int = 3  # measurements in a row without a better value
     higher_is_better: bool = False
 
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"early_stop.patience is {self.patience}; it must be 1 or more")
+
 
 class EarlyStop:
     """What has been measured so far. `state` goes into checkpoints."""
@@ -62,7 +66,16 @@ class EarlyStop:
         self.best_step: int | None = None
         self._best = 0.0
         self._without_gain = 0
-        self.reason = ""  # why the run is to end, once it is
+
+    @property
+    def reason(self) -> str:
+        """Why the run is to end, and stays ended if it is resumed; empty: it goes on."""
+        if self.best_step is None or self._without_gain < self._cfg.patience:
+            return ""
+        return (
+            f"{self._cfg.metric} was best at step {self.best_step:,} ({self._best:.4f}) and has "
+            f"not improved in {self._without_gain} measurements: stopping"
+        )
 
     def push(self, step: int, values: Mapping[str, float]) -> bool:
         """Take the values measured at `step`; whether they are the best so far."""
@@ -79,11 +92,6 @@ class EarlyStop:
             self.best_step, self._best, self._without_gain = step, value, 0
             return True
         self._without_gain += 1
-        if self._without_gain >= self._cfg.patience:
-            self.reason = (
-                f"{self._cfg.metric} was best at step {self.best_step:,} ({self._best:.4f}) and "
-                f"has not improved in {self._without_gain} measurements: stopping"
-            )
         return False
 
     def state(self) -> dict[str, Any]:
