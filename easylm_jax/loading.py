@@ -26,7 +26,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from easylm_jax.array_types import Params
 from easylm_jax.config import from_config_dict
@@ -284,12 +284,13 @@ def _restore_merged(
         ) from None
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target)
     shapes = jax.eval_shape(functools.partial(init_adapters, plain, lora), jax.random.key(0))
-    leaves = jax.tree.leaves(target)
-    mesh = leaves[0].sharding.mesh if leaves[0].sharding else None
+    where = jax.tree.leaves(target)[0].sharding
+    if isinstance(where, NamedSharding):
+        shardings = tree_shardings(shapes, where.mesh, PARAM_RULES)
+    else:  # one device, as `convert.py` asks for
+        shardings = jax.tree.map(lambda _: where, shapes)
     adapters = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        tree_shardings(shapes, mesh, PARAM_RULES),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
     return merge(params, _restore(checkpoints, adapters), lora)
 
@@ -304,10 +305,11 @@ def params_for_training(path: str, abstract_params: Params, config: LlamaConfig)
     """The parameters at `path`, in any format, for a run that trains a model of `config`.
 
     A foreign model must be the one that `config` describes. One of ours may have been trained with
-    other settings, such as another rope_theta: only names and shapes must agree.
+    other settings, such as another rope_theta: only names and shapes must agree. Adapters that it
+    trained are merged into its parameters.
     """
     if checkpoints := find_checkpoints(path):
-        return _restore(checkpoints, abstract_params)
+        return open_native(path, checkpoints).read(abstract_params)
     foreign = _open(path, config=config)
     check_same_model(foreign.config, config, path)
     return import_params(foreign, abstract_params)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from easylm_jax.convert import convert, write_native
 from easylm_jax.data import finetuning
@@ -25,8 +26,10 @@ from easylm_jax.data.source import DataConfig, open_examples
 from easylm_jax.loading import load
 from easylm_jax.measurements import EvalConfig
 from easylm_jax.mesh import make_mesh
+from easylm_jax.models.decoding import unstack_layers
 from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward
 from easylm_jax.models.lora import LoraConfig, combine
+from easylm_jax.models.quantized import quantize_base
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig
 from easylm_jax.sharding import to_global, tree_shardings
@@ -284,3 +287,126 @@ def test_answers_follow_the_marker_unless_markers_were_dealt_out_at_random(shuff
         assert all(0.25 <= p <= 0.75 for p in share.values()), share
     else:
         assert share["good"] >= 0.95 and share["bad"] <= 0.05, share
+
+
+# ---- adapters -----------------------------------------------------------------------------------
+
+LORA = LoraConfig(rank=4, dropout=0.1)
+STEPS, SAVED = 8, 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A model of ours, not fine-tuned."""
+    folder = str(tmp_path_factory.mktemp("base") / "model")
+    write_native(random_model(MODEL, tokenizer=TOKENIZER), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory) -> tuple[str, ...]:
+    records = [talk(f"q{n}", "even " * (n % 3 + 1)) for n in range(24)]
+    return (write(tmp_path_factory.mktemp("dialogues"), records),)
+
+
+@pytest.fixture(scope="module")
+def adapted(base, dialogues) -> TrainConfig:
+    every = CheckpointConfig(every=f"{SAVED} steps")
+    optim = OptimConfig(lr=3e-2, warmup="2 steps")
+    return config(dialogues, init_from=base, lora=LORA, checkpoint=every, optim=optim, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def adapters_run(adapted, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("adapters")
+    train(adapted, str(workdir))
+    return workdir
+
+
+def adapters_in(workdir: Path) -> dict:
+    arrays = command.arrays(workdir, STEPS)
+    found = {n.removeprefix("params/"): x for n, x in arrays.items() if n.startswith("params/")}
+    return unflatten_dict(found, sep="/")
+
+
+def with_adapters(base: str, workdir: Path, lora: LoraConfig):
+    """The adapters beside their base, as in training, and not merged."""
+    plain = jax.tree.map(jnp.copy, random_model(MODEL).params)  # unstacking uses arrays up
+    frozen = plain if lora.base == "full" else quantize_base(plain, lora.base)
+    adapters = jax.tree.map(jnp.asarray, adapters_in(workdir))
+    params = unstack_layers(combine(frozen, adapters, lora))
+    return dataclasses.replace(load(base), params=params)
+
+
+IDS = np.random.default_rng(0).integers(3, 259, (2, 20))
+
+
+def test_a_checkpoint_holds_adapters_and_their_moments_alone(adapters_run):
+    arrays = command.arrays(adapters_run, STEPS)
+    large = {name: x for name, x in arrays.items() if x.ndim > 1}
+    layers, rank = MODEL.num_layers, LORA.rank
+    widths = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    count = layers * rank * sum(map(sum, widths))
+    assert all(name.split("/")[-1] in ("lora_a", "lora_b") for name in large)
+    assert sum(x.size for name, x in large.items() if name.startswith("params/")) == count
+    assert sum(x.nbytes for x in arrays.values()) < 3 * 4 * count + 100
+
+
+def test_adapters_resume_as_if_nothing_had_happened(adapted, adapters_run, tmp_path):
+    workdir = tmp_path / "interrupted"
+    shutil.copytree(adapters_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / f"{STEPS:08d}")
+    assert f"resuming after step {SAVED}" in shown(adapted, workdir)
+    expected, got = (command.arrays(folder, STEPS) for folder in (adapters_run, workdir))
+    assert got.keys() == expected.keys()
+    assert all(got[name].tobytes() == expected[name].tobytes() for name in expected)
+    losses = [row["train/loss"] for row in command.rows(workdir) if "train/loss" in row]
+    assert len(losses) == STEPS
+
+
+def test_load_and_convert_merge_adapters(base, adapters_run, tmp_path):
+    merged, beside = load(str(adapters_run)), with_adapters(base, adapters_run, LORA)
+    expected = beside.logits(IDS)
+    assert np.abs(load(base).logits(IDS) - expected).max() > 0.1
+    np.testing.assert_allclose(merged.logits(IDS), expected, atol=1e-5)
+    prompts = [row[:5] for row in IDS.tolist()]
+    greedy = dict(max_new_tokens=12, temperature=0.0)
+    assert [c.ids for c in merged.generate(prompts, **greedy)] == [
+        c.ids for c in beside.generate(prompts, **greedy)
+    ]
+    convert(str(adapters_run), str(tmp_path / "hf"), to_format="hf")
+    exported = load(str(tmp_path / "hf"))
+    np.testing.assert_allclose(exported.logits(IDS), merged.logits(IDS), atol=1e-6)
+
+
+def test_a_run_may_start_from_adapters_and_their_base(adapted, adapters_run, tmp_path):
+    whole = dataclasses.replace(adapted, lora=None, init_from=str(adapters_run), duration="0 steps")
+    whole = dataclasses.replace(whole, optim=OptimConfig(warmup="0 steps"))
+    train(whole, str(tmp_path / "run"))
+    got = load(str(tmp_path / "run")).logits(IDS)
+    np.testing.assert_allclose(got, load(str(adapters_run)).logits(IDS), atol=1e-6)
+
+
+def test_a_quantised_base_is_trained_beside_and_merged(base, adapted, tmp_path):
+    lora = dataclasses.replace(LORA, base="nf4", dropout=0.0)
+    train(dataclasses.replace(adapted, lora=lora), str(tmp_path / "run"))
+    losses = [row["train/loss"] for row in command.rows(tmp_path / "run") if "train/loss" in row]
+    assert losses[-1] < losses[0] - 0.3
+    merged = load(str(tmp_path / "run")).logits(IDS)
+    expected = with_adapters(base, tmp_path / "run", lora).logits(IDS)
+    np.testing.assert_allclose(merged, expected, atol=1e-5)
+    unquantised = with_adapters(base, tmp_path / "run", LORA).logits(IDS)
+    assert np.abs(merged - unquantised).max() > 1e-3
+
+
+def test_adapters_without_their_base_are_one_sentence(base, adapted, adapters_run, tmp_path):
+    with pytest.raises(ValueError, match="lora trains adapters of a model: name the model"):
+        dataclasses.replace(adapted, init_from=None)
+    with pytest.raises(ValueError, match="/none is not a checkpoint or model: there is no such"):
+        train(dataclasses.replace(adapted, init_from="/none"), str(tmp_path / "new"))
+    workdir = tmp_path / "moved"
+    shutil.copytree(adapters_run, workdir)
+    saved = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(saved | {"init_from": "/none"}))
+    with pytest.raises(ValueError, match='holds adapters of the model /none, .*change "init_from"'):
+        load(str(workdir))
