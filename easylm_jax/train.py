@@ -162,6 +162,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             check_same_run(dataclasses.asdict(cfg), workdir)
         if restored := checkpoints.restore_latest(abstract):
             check_same_tokenizer(restored.side["tokenizer"], tokenizer, workdir)
+            check_same_template(loading.trained_template(workdir), template, workdir)
             state, step = restored.state, restored.step
             source.restore(restored.side["data"])
             early_stop.restore(restored.side["early_stop"])

@@ -24,7 +24,7 @@ from easylm_jax.data.finetuning import ChatConfig
 from easylm_jax.data.packing import Piece, lay_out, pack_all
 from easylm_jax.data.source import DataConfig, open_examples
 from easylm_jax.loading import load
-from easylm_jax.measurements import EvalConfig
+from easylm_jax.measurements import EvalConfig, Measurements
 from easylm_jax.mesh import make_mesh
 from easylm_jax.models.decoding import unstack_layers
 from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward
@@ -36,7 +36,7 @@ from easylm_jax.sharding import to_global, tree_shardings
 from easylm_jax.step import GuardConfig, train_step
 from easylm_jax.stopping import EarlyStopConfig
 from easylm_jax.text.example import encode_segment
-from easylm_jax.text.template import find_template, render
+from easylm_jax.text.template import find_template, render, template_to_json, with_markers
 from easylm_jax.text.tokenizer import ByteTokenizer
 from easylm_jax.train import CheckpointConfig, TrainConfig, train
 from easylm_jax.train_state import init_state
@@ -410,3 +410,129 @@ def test_adapters_without_their_base_are_one_sentence(base, adapted, adapters_ru
     (workdir / "config.json").write_text(json.dumps(saved | {"init_from": "/none"}))
     with pytest.raises(ValueError, match='holds adapters of the model /none, .*change "init_from"'):
         load(str(workdir))
+
+
+# ---- early stopping -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[float]:
+    """What the run measures, one value after another, is what a test puts here."""
+    values: list[float] = []
+    monkeypatch.setattr(
+        Measurements,
+        "values",
+        lambda *_: {"heldout/loss": values.pop(0), "heldout/bits_per_byte": 1.0},
+    )
+    return values
+
+
+def stopping(dialogues, **changes) -> TrainConfig:
+    """Measures every two steps; would keep the newest checkpoint alone."""
+    return config(
+        dialogues,
+        steps=100,
+        eval=EvalConfig(every="2 steps"),
+        checkpoint=CheckpointConfig(every="3 steps", keep_last=1),
+        early_stop=EarlyStopConfig("heldout/loss", patience=2),
+        **changes,
+    )
+
+
+def steps_kept(workdir: Path) -> list[int]:
+    return sorted(int(path.parent.name) for path in workdir.glob("checkpoints/*/commit.json"))
+
+
+def test_a_run_that_gets_no_better_ends_and_keeps_its_best_model(dialogues, measured, tmp_path):
+    cfg = stopping(dialogues)
+    measured += [3.0, 2.0, 1.0, 1.2, 1.1]  # at steps 0, 2, 4, 6, 8
+    told = shown(cfg, tmp_path)
+    assert "heldout/loss was best at step 4 (1.0000) and has not improved in 2" in told
+    assert steps_kept(tmp_path) == [4, 8] and not measured
+    assert "stopping" in shown(cfg, tmp_path)  # and measures nothing, having ended
+    assert steps_kept(tmp_path) == [4, 8]
+
+
+def test_the_best_model_is_kept_when_the_run_is_killed_after_it(dialogues, measured, tmp_path):
+    cfg = stopping(dialogues)
+    measured += [3.0, 1.0, 2.0]  # and no value at step 6, where it dies
+    with pytest.raises(IndexError):
+        train(cfg, str(tmp_path))
+    assert 2 in steps_kept(tmp_path)
+    at = max(steps_kept(tmp_path))
+    measured += [1.5] * (5 - at // 2)
+    told = shown(cfg, tmp_path)
+    assert f"resuming after step {at}" in told and "best at step 2 (1.0000)" in told
+    assert steps_kept(tmp_path) == [2, 6]
+
+
+def test_early_stopping_by_what_is_not_measured_is_one_sentence(dialogues, tmp_path):
+    with pytest.raises(ValueError, match="early_stop.metric is 'heldout/loss'.*set data.heldout"):
+        train(stopping(dialogues), str(tmp_path / "a"))
+
+
+# ---- templates ----------------------------------------------------------------------------------
+
+
+MARKERS = {"good": "Well:", "bad": "Badly:", "": "So:"}
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory) -> TrainConfig:
+    records = [one for n in range(8) for one in two_answers(f"q{n}", pair=f"{n}")]
+    files = (write(tmp_path_factory.mktemp("pairs"), records),)
+    judged = dict(judged=("good", "bad"), conditional=True, markers=MARKERS)
+    return config(files, steps=1, optim=OptimConfig(warmup="0 steps"), **judged)
+
+
+@pytest.fixture(scope="module")
+def conditional_run(conditional, tmp_path_factory) -> str:
+    workdir = str(tmp_path_factory.mktemp("conditional"))
+    train(conditional, workdir)
+    return workdir
+
+
+def with_chat(cfg: TrainConfig, **changes) -> TrainConfig:
+    chat = dataclasses.replace(cfg.data.chat, **changes)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, chat=chat))
+
+
+def test_a_run_is_loaded_with_the_template_and_the_markers_it_was_trained_with(conditional_run):
+    template = load(conditional_run).template
+    assert template == with_markers(find_template("hindsight"), MARKERS)
+    assert template.hash != find_template("hindsight").hash
+    user = [{"role": "user", "content": "q"}]
+    for quality, marker in MARKERS.items():
+        prompt = render(template, user, generate=True, quality=quality)
+        assert "".join(s.text for s in prompt if not s.special) == f"User: q {marker}"
+
+
+@pytest.mark.parametrize("change", [dict(template="koala"), dict(markers=MARKERS | {"": "Yes:"})])
+def test_a_run_goes_on_and_another_starts_in_the_same_template_only(
+    change, conditional, conditional_run, tmp_path
+):
+    other = with_chat(conditional, **change)
+    changed = "data.chat.(template: 'hindsight' -> 'koala'|markers..*'So:' -> 'Yes:')"
+    with pytest.raises(ValueError, match=f"holds a run with other settings .{changed}"):
+        train(other, conditional_run)
+    tuned = dataclasses.replace(other, init_from=conditional_run)
+    with pytest.raises(
+        ValueError, match="was trained with the template 'hindsight' .hash .*this run asks"
+    ):
+        train(tuned, str(tmp_path / "other"))
+    own = f"{conditional_run}/tokenizer/template.json"  # as the sentence says
+    same = with_chat(
+        dataclasses.replace(conditional, init_from=conditional_run), template=own, markers={}
+    )
+    train(dataclasses.replace(same, duration="0 steps"), str(tmp_path / "same"))
+
+
+def test_a_template_that_changed_in_its_file_is_one_sentence(conditional, tmp_path):
+    path = tmp_path / "mine.json"
+    fields = template_to_json(find_template("hindsight"))
+    path.write_text(json.dumps(fields))
+    cfg = with_chat(conditional, template=str(path))
+    train(cfg, str(tmp_path / "run"))
+    path.write_text(json.dumps(fields | {"user": "Human: {user}"}))
+    with pytest.raises(ValueError, match="trained with the template 'hindsight'"):
+        train(dataclasses.replace(cfg, duration="2 steps"), str(tmp_path / "run"))
