@@ -132,6 +132,23 @@ def test_keeps_the_newest_and_the_milestones_and_nothing_else(tmp_path):
     assert checkpointer.all_steps() == [5, 10, 14, 15] and checkpointer.latest_step() == 15
 
 
+def test_the_best_step_is_kept_until_another_is_better(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path), keep_last=1)
+    best_of = {1: 1, 2: 1, 3: 3, 4: 3, 5: 3}
+    for step, best in best_of.items():
+        checkpointer.best_step = best
+        checkpointer.save(step, make_state(step), {})
+        checkpointer.wait()
+        assert checkpointer.all_steps() == sorted({best, step})
+    checkpointer.close()
+    resumed = Checkpointer(str(tmp_path), keep_last=1)
+    resumed.best_step = 3
+    assert resumed.restore_latest(abstract(make_state(0), make_mesh("one"))).step == 5
+    resumed.save(6, make_state(6), {})
+    resumed.close()
+    assert resumed.all_steps() == [3, 6]
+
+
 def test_a_relative_directory_is_fine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_all("runs/x", [1])
