@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from easylm_jax.convert import write_native
+from easylm_jax.data.finetuning import ChatConfig
 from easylm_jax.formats.easylm import write_easylm
 from easylm_jax.formats.foreign import Model, foreign_tensors
 from easylm_jax.formats.gguf import write_gguf
@@ -30,12 +31,14 @@ from easylm_jax.loading import (
     params_for_training,
     save_tokenizer,
     target_params,
+    training_template,
 )
 from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import Llama, RopeScaling, init_params, output_logits
 from easylm_jax.models.presets import PRESETS
 from easylm_jax.preflight import check_same_model
-from easylm_jax.text.template import find_template
+from easylm_jax.text.jinja_template import JinjaTemplate
+from easylm_jax.text.template import find_template, with_markers
 from easylm_jax.text.tokenizer import ByteTokenizer, train_sentencepiece
 from easylm_jax.tree import named_leaves
 from tests.tiny import tiny_config
@@ -269,6 +272,22 @@ def test_the_template_a_run_was_trained_with_comes_before_that_of_its_tokenizer(
     save_tokenizer(ByteTokenizer(), TEMPLATE, f"{run}/tokenizer", find_template("vicuna"))
     assert load(run).template.name == "vicuna"
     assert load(run, template="plain").template.name == "plain"
+
+
+def test_a_run_trains_in_a_template_by_name_with_markers_or_in_its_tokenizers(tmp_path):
+    save_tokenizer(ByteTokenizer(), TEMPLATE, str(tmp_path))
+    tokenizer = ByteTokenizer()
+    named = ChatConfig("koala", markers={"bad": "Badly:"})
+    assert training_template(None, "bytes", tokenizer) is None
+    template = training_template(named, "bytes", tokenizer)
+    assert template == with_markers(find_template("koala"), {"bad": "Badly:"})
+    own = training_template(ChatConfig("tokenizer"), str(tmp_path), tokenizer)
+    assert own.hash == JinjaTemplate(TEMPLATE, tokenizer).hash
+    with pytest.raises(ValueError, match="is 'tokenizer', but no chat template lies with bytes"):
+        training_template(ChatConfig("tokenizer"), "bytes", tokenizer)
+    with pytest.raises(ValueError, match="a Jinja template has no place for markers"):
+        marked = ChatConfig("tokenizer", markers={"bad": "Badly:"})
+        training_template(marked, str(tmp_path), tokenizer)
 
 
 def test_of_templates_with_names_the_default_counts(tmp_path):

@@ -143,6 +143,13 @@ def test_records_spelled_out_in_easylms_language(tmp_path):
     record = {"question": "q", "context": "c", "answer": "a"}
     encoded = encode(tmp_path, [record], None, fields=fields)
     assert texts(encoded) == ["^q c[a$]"]
+    bad = [record, {"question": "q", "answer": "a"}]
+    with pytest.raises(ValueError, match="^x.jsonl:2 has no field 'context', only"):
+        encode(tmp_path, bad, None, fields=fields)
+    encoded = encode(tmp_path, bad, None, fields=fields, on_bad_line="skip")
+    assert len(encoded) == 1 and encoded.counts == {"does not fit data.fields": 1}
+    with pytest.raises(ValueError, match="x.jsonl:1 holds the id 999, but the tokenizer has 259"):
+        encode(tmp_path, [record], None, fields=FieldsConfig("<|999|>"))
 
 
 def test_weights_count_tokens_or_examples(tmp_path):
