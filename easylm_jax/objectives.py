@@ -132,6 +132,8 @@ def _sums_fwd(axis, hidden_BTD, head_DV, targets_BT, weights_BT):
     start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
     chunks = _chunks(hidden_BTD, targets_BT, weights_BT)
     (loss, correct, d_head_DV), d_hidden = lax.scan(chunk, start, chunks)
+    # XLA on CPU would fold the transposition of a tied head into the product, and fail in bfloat16.
+    d_head_DV = lax.optimization_barrier(d_head_DV)
     M = targets_BT.size
     d_hidden_BTD = d_hidden.reshape(-1, d_hidden.shape[-1])[:M].reshape(hidden_BTD.shape)
     return _share(axis, loss, correct), (d_hidden_BTD, d_head_DV.astype(head_DV.dtype))

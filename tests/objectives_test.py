@@ -109,6 +109,20 @@ def test_tied_heads_add_both_gradients():
     assert_close(grad_tied["embed"]["embedding"], both, rtol=1e-6)
 
 
+def test_a_tied_head_has_its_gradient_in_bfloat16():
+    """The head's gradient, transposed: a product that XLA on CPU once refused to make."""
+    table = jax.random.normal(jax.random.key(0), (48, 16))
+    hidden = jax.random.normal(jax.random.key(1), (2, 32, 16), jnp.bfloat16)
+    targets, weights = jnp.zeros((2, 32), jnp.int32), jnp.ones((2, 32))
+
+    def loss(table, hidden):
+        return cross_entropy_sums(hidden, table.T, targets, weights)[0]
+
+    rounded = jax.jit(jax.grad(loss))(table, hidden)
+    exact = jax.jit(jax.grad(loss))(table, hidden.astype(jnp.float32))
+    assert_close(rounded, exact, rtol=0.02)
+
+
 def largest_array(jaxpr) -> int:
     """Elements of the largest array that a jaxpr or one inside it computes."""
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]

@@ -1,8 +1,8 @@
-"""Preference data of the quickstart: 1,015 pairs of Anthropic's HH, shipped with the repository.
+"""Preference data of the quickstart: 1,014 pairs of Anthropic's HH, shipped with the repository.
 
 Purpose:   the smallest real preference data: people chose the less harmful of two answers
 Hardware:  any; seconds
-Result:    of 2,030 answers about four fifths to train on, the rest held out by their question
+Result:    of 2,028 answers about four fifths to train on, the rest held out by their question
 
     python -m easylm_jax.prepare --config=configs/data/quickstart_chat.py \\
         --out=runs/quickstart_chat_data

@@ -13,7 +13,6 @@ lies in --out already is not made again. The scorer needs scikit-learn.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import time
@@ -42,7 +41,8 @@ from easylm_jax.models.lora import LoraConfig
 from easylm_jax.models.presets import preset
 from easylm_jax.optim import OptimConfig
 from easylm_jax.prepare_chat import ChatPrepareConfig, DatasetConfig, prepare_chat
-from easylm_jax.text.template import find_template
+from easylm_jax.text.example import encode_segment
+from easylm_jax.text.template import end_token, find_template, render
 from easylm_jax.train import CheckpointConfig, EvalConfig, TrainConfig, train
 
 HERE = Path(__file__).parent
@@ -90,8 +90,8 @@ def fine_tune(arm: str, args: argparse.Namespace, data: Path) -> Path:
             seed=args.seed,
         ),
         duration=f"{args.steps} steps",
-        batch_size=8,
-        micro_batches=4,  # half the time of one batch of 8, in bfloat16 on a CPU
+        batch_size=4,
+        micro_batches=2,
         seq_len=SEQ_LEN,
         optim=OptimConfig(lr=5e-4, warmup="5%", weight_decay=0.0),
         checkpoint=CheckpointConfig(every="50 steps", keep_last=1),
@@ -100,6 +100,8 @@ def fine_tune(arm: str, args: argparse.Namespace, data: Path) -> Path:
         log_every=5,
     )
     train(config, str(folder))
+    if not (folder / "checkpoints" / f"{args.steps:08d}").exists():
+        raise SystemExit(f"{folder} was stopped before its end: start again to go on")
     return folder
 
 
@@ -139,16 +141,33 @@ def answers(lm: LanguageModel, pairs: list[Pair], arm: str, out: Path) -> list[d
     """One sampled answer per question and marker."""
     if out.exists():
         return json.loads(out.read_text())
-    lm = dataclasses.replace(lm, template=find_template(TEMPLATE))
+    template, tokenizer = find_template(TEMPLATE), lm.tokenizer
     made = []
     for quality in ("", "good", "bad") if arm == "marked" else ("",):
-        for number, pair in enumerate(pairs):
-            prompt = list(pair.chosen.messages[:-1])
-            text = lm.chat(
-                prompt, quality=quality, temperature=0.7, top_p=0.9, max_new_tokens=128, seed=number
-            )
+        prompts = [
+            render(template, pair.chosen.messages[:-1], generate=True, quality=quality)
+            for pair in pairs
+        ]
+        completions = lm.generate(
+            [
+                [i for segment in prompt for i in encode_segment(segment, tokenizer)]
+                for prompt in prompts
+            ],
+            temperature=0.7,
+            top_p=0.9,
+            max_new_tokens=96,
+            stop_ids=[tokenizer.special_id(end_token(template))],
+            seed=list(range(len(pairs))),
+        )
+        for pair, completion in zip(pairs, completions, strict=True):
             made.append(
-                {"quality": quality, "source": pair.chosen.source, "prompt": prompt, "text": text}
+                {
+                    "quality": quality,
+                    "source": pair.chosen.source,
+                    "prompt": pair.chosen.messages[:-1],
+                    "text": completion.text.strip(),
+                    "ended": completion.finish_reason == "stop",
+                }
             )
     out.write_text(json.dumps(made, indent=1, ensure_ascii=False))
     return made
@@ -257,8 +276,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/koala_conditional"))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -278,7 +297,7 @@ def main() -> None:
         paths[arm] = str(timed(f"train {arm}", functools.partial(fine_tune, arm), args, data))
     scorer, accuracy, num = timed("scorer", train_scorer, data)
     for name, path in paths.items():
-        lm = el.load(path, template="chatml")
+        lm = el.load(path, dtype="bfloat16", template="chatml")
         metrics[name] = pair_metrics(
             timed(f"score {name}", prefer, lm, pairs, args.out / f"{name}.npz")
         )

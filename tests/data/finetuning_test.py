@@ -301,7 +301,7 @@ def test_an_epoch_is_its_rows_counted_by_hand(tmp_path):
     for packing, rows in dict(padded=24, stream=120 // 6).items():
         source = source_of(tmp_path, records, seq_len=6, packing=packing)
         assert source.tokens_per_epoch == rows * 6
-    source = source_of(tmp_path, records[2::3], seq_len=12)  # two of 6 fill a row
+    source = source_of(tmp_path, records[5::3], seq_len=12)  # seven of 6, two to a row
     assert source.tokens_per_epoch == 4 * 12
 
 
