@@ -59,6 +59,7 @@ class Packer:
         self._strategy, self._seq_len = strategy, seq_len
         self._too_long, self._window = too_long, window
         self._open: list[Row] = []
+        self._rooms: list[int] = []  # pairs that each open row can still take
         self.ready: list[Row] = []
         self.counts = Counter(cut=0, dropped=0)
 
@@ -81,33 +82,35 @@ class Packer:
     def _pour(self, piece: Piece) -> None:
         while piece.num_pairs > 0:
             if not self._open:
-                self._open.append([])
-            room = self._room(self._open[0])
-            chunk, piece = piece.split(min(piece.num_pairs, room))
-            self._open[0].append(chunk)
+                self._start_row()
+            chunk, piece = piece.split(min(piece.num_pairs, self._rooms[0]))
+            self._put(chunk, 0)
             self.counts["cut"] += piece.num_pairs > 0
-            if chunk.num_pairs == room:
-                self.ready.append(self._open.pop())
 
     def _place(self, piece: Piece) -> None:
-        fits = [row for row in self._open if self._room(row) >= piece.num_pairs]
+        fits = [i for i, room in enumerate(self._rooms) if room >= piece.num_pairs]
         if fits:
-            row = min(fits, key=self._room)
+            best = min(fits, key=self._rooms.__getitem__)
         else:
             if len(self._open) == self._window:
-                self._send(min(self._open, key=self._room))
-            row = []
-            self._open.append(row)
-        row.append(piece)
-        if self._room(row) == 0:
-            self._send(row)
+                self._send(self._rooms.index(min(self._rooms)))
+            best = self._start_row()
+        self._put(piece, best)
 
-    def _send(self, row: Row) -> None:
-        self._open = [other for other in self._open if other is not row]
-        self.ready.append(row)
+    def _start_row(self) -> int:
+        self._open.append([])
+        self._rooms.append(self._seq_len)
+        return len(self._open) - 1
 
-    def _room(self, row: Row) -> int:
-        return self._seq_len - sum(piece.num_pairs for piece in row)
+    def _put(self, piece: Piece, index: int) -> None:
+        self._open[index].append(piece)
+        self._rooms[index] -= piece.num_pairs
+        if self._rooms[index] == 0:
+            self._send(index)
+
+    def _send(self, index: int) -> None:
+        self._rooms.pop(index)
+        self.ready.append(self._open.pop(index))
 
     def take(self, num_rows: int) -> list[Row]:
         rows, self.ready = self.ready[:num_rows], self.ready[num_rows:]
@@ -116,7 +119,7 @@ class Packer:
     def flush(self) -> None:
         """Send out what is still open."""
         self.ready += self._open
-        self._open = []
+        self._open, self._rooms = [], []
 
     def state(self) -> dict[str, Any]:
         def listed(rows: list[Row]) -> list:
@@ -136,6 +139,7 @@ class Packer:
             ]
 
         self._open, self.ready = pieces(state["open"]), pieces(state["ready"])
+        self._rooms = [self._seq_len - sum(p.num_pairs for p in row) for row in self._open]
         self.counts = Counter(state["counts"])
 
 
