@@ -1,7 +1,7 @@
 """What is trained on of conversations and records: texts, weights, markers, and what is left out.
 
 Examples are compared as strings: `^` is BOS, `$` is EOS, and what has a loss weight stands in
-brackets. Whole runs are in `tests/finetuning_test.py`.
+brackets. Whole runs are in `tests/train_finetuning_test.py`.
 """
 
 import dataclasses
