@@ -46,14 +46,14 @@ def measured_lines(step: int, values: Mapping[str, float]) -> Iterator[str]:
             f"step {step:,}: held-out loss {values['heldout/loss']:.4f} nats per token, "
             f"{values['heldout/bits_per_byte']:.4f} bits per byte"
         )
-    shares = {n.split("/")[1]: v for n, v in values.items() if n.endswith("/prefers_chosen")}
-    if shares:
-        listed = ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
-        yield f"step {step:,}: the preferred answer is likelier under each marker: {listed}"
-    if "pairs/tells" in values:
-        yield f"step {step:,}: the markers tell which answer was preferred: " + (
-            f"{values['pairs/tells']:.1%} +- {values['pairs/tells_stderr']:.1%}"
-        )
+    if "pairs/unmarked/prefers_chosen" in values:
+        line = f"step {step:,}: preferred answer likelier per token: "
+        names = [n for n in ("unmarked", "good", "bad") if f"pairs/{n}/prefers_chosen" in values]
+        line += ", ".join(f"{n} {values[f'pairs/{n}/prefers_chosen']:.1%}" for n in names)
+        if "pairs/tells" in values:
+            line += f"; told by the markers: {values['pairs/tells']:.1%}"
+            line += f" +- {values['pairs/tells_stderr']:.1%}"
+        yield line
 
 
 def closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:

@@ -16,13 +16,14 @@ before the rename. Nothing is fsynced: losing power may damage the newest checkp
 skipped, so keep two.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,18 @@ ORBAX_COMMIT = "commit_success.txt"
 STEP_DIRECTORY = re.compile(r"(\d{8,})(\.orbax-checkpoint-tmp)?$")
 HOST_TIMEOUT_SECONDS = 600  # how long the hosts wait for one that failed to write its part
 MAX_LISTED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep. The last step is always saved."""
+
+    every: str = "1000 steps"
+    keep_last: int = 2
+    milestone_every: int = 0  # steps; multiples of it are kept for ever; 0: none
+    on_failure: Literal["continue", "stop"] = (
+        "continue"  # when one cannot be written; the last must
+    )
 
 
 class CheckpointError(OSError):

@@ -13,9 +13,30 @@ from typing import Any
 import jax
 from jax import Array
 
-from easylm_jax.metrics import MetricLog, Throughput, memory_stats
+from easylm_jax.metrics import (
+    MetricLog,
+    Throughput,
+    flops_per_token,
+    memory_stats,
+    peak_flops,
+)
+from easylm_jax.models.llama import LlamaConfig
 from easylm_jax.optim import Schedule
 from easylm_jax.progress import Progress
+
+
+def make_throughput(
+    model: LlamaConfig, batch_size: int, seq_len: int, *, peak: float | None
+) -> Throughput:
+    """Counts the tokens of each step, and the FLOPs of `model` for MFU, over all devices."""
+    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
+    sizes = {name: getattr(model, name) for name in names}
+    return Throughput(
+        tokens_per_step=batch_size * seq_len,
+        num_devices=jax.device_count(),
+        causal_flops_per_token=flops_per_token(**sizes, seq_len=seq_len)["causal"],
+        peak=peak_flops(jax.devices()[0].device_kind, peak),
+    )
 
 
 class Monitor:

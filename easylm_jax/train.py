@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import signal
 import sys
-from typing import Literal
 
 import jax
 from absl import flags
@@ -20,16 +19,16 @@ from easylm_jax import loading
 from easylm_jax import workdir as run_files
 from easylm_jax.banner import closing_lines, measured_lines, opening_lines
 from easylm_jax.batch import check_batch
-from easylm_jax.checkpoint import Checkpointer, CheckpointError
+from easylm_jax.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.prefetch import Prefetch
 from easylm_jax.data.source import DataConfig, make_source
 from easylm_jax.measurements import EvalConfig, Measurements
 from easylm_jax.mesh import DistributedConfig, check_divides, make_mesh, start_processes
-from easylm_jax.metrics import MetricLog, Throughput, flops_per_token, peak_flops
+from easylm_jax.metrics import MetricLog
 from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, make_forward
 from easylm_jax.models.lora import LoraConfig, trainable, with_adapter_dropout
-from easylm_jax.monitor import Monitor, parse_window, profiler
+from easylm_jax.monitor import Monitor, make_throughput, parse_window, profiler
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer, make_schedule, parse_duration
 from easylm_jax.preflight import (
@@ -44,18 +43,6 @@ from easylm_jax.step import GuardConfig, train_step
 from easylm_jax.stopping import EarlyStop, EarlyStopConfig, stop_signals
 from easylm_jax.train_state import abstract_state, init_state
 from easylm_jax.tree import num_elements
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save and what to keep. The last step is always saved."""
-
-    every: str = "1000 steps"
-    keep_last: int = 2
-    milestone_every: int = 0  # steps; multiples of it are kept for ever; 0: none
-    on_failure: Literal["continue", "stop"] = (
-        "continue"  # when one cannot be written; the last must
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +185,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         monitor = Monitor(
             log,
             progress,
-            Throughput(
-                tokens_per_step=tokens_per_step,
-                num_devices=mesh.size,
-                causal_flops_per_token=_flops_per_token(cfg),
-                peak=peak_flops(jax.devices()[0].device_kind, cfg.peak_flops),
-            ),
+            make_throughput(cfg.model, cfg.batch_size, cfg.seq_len, peak=cfg.peak_flops),
             tokens_per_step=tokens_per_step,
             schedule=schedule,
             log_every=cfg.log_every,
@@ -211,9 +193,9 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         )
         if is_first:
             config = dataclasses.asdict(cfg)
-            template_beside = loading.find_chat_template(cfg.tokenizer)
+            beside = loading.find_chat_template(cfg.tokenizer)
             save_text = functools.partial(
-                loading.save_tokenizer, tokenizer, template_beside, template=template
+                loading.save_tokenizer, tokenizer, beside, template=template
             )
             run_files.record_start(workdir, config, argv=sys.orig_argv, save_tokenizer=save_text)
         for line in opening_lines(
@@ -244,9 +226,12 @@ def train(cfg: TrainConfig, workdir: str) -> None:
                 save()
 
         def save() -> None:
-            side = {"data": source.state(), "tokenizer": tokenizer.fingerprint}
-            side["early_stop"] = early_stop.state()
-            side["template"] = [template.name, template.hash] if template else None
+            side = {
+                "data": source.state(),
+                "tokenizer": tokenizer.fingerprint,
+                "template": [template.name, template.hash] if template else None,
+                "early_stop": early_stop.state(),
+            }
             try:
                 checkpoints.save(step, state, side)
             except CheckpointError as error:
@@ -293,12 +278,6 @@ def train(cfg: TrainConfig, workdir: str) -> None:
                 progress.note(line)
         if monitor.must_stop:  # the state is good: it does not have the bad update
             raise ValueError(monitor.must_stop)
-
-
-def _flops_per_token(cfg: TrainConfig) -> float:
-    names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
-    sizes = {name: getattr(cfg.model, name) for name in names}
-    return flops_per_token(**sizes, seq_len=cfg.seq_len)["causal"]
 
 
 def main(argv: list[str]) -> None:
