@@ -56,10 +56,14 @@ def measured_lines(step: int, values: Mapping[str, float]) -> Iterator[str]:
         yield line
 
 
-def closing_lines(workdir: str, step: int, total_steps: int) -> Iterator[str]:
+def closing_lines(
+    workdir: str, step: int, total_steps: int, best_step: int | None
+) -> Iterator[str]:
     """How far the run came, what to look at, and the command that goes on with it."""
     yield f"{'finished' if step == total_steps else 'stopped'} after step {step:,}/{total_steps:,}"
     yield f"checkpoint  {workdir}/checkpoints/{step:08d}"
+    if best_step is not None:
+        yield f"best        {workdir}/checkpoints/{best_step:08d}"
     try:
         from easylm_jax.report import write_report
 

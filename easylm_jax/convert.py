@@ -143,7 +143,7 @@ def convert(
     with whole_or_absent(Path(target), overwrite=overwrite) as path:
         _check_space(target, path, num_params * BITS[dtype or param_dtype] / 8)
         params = opened.read(abstract)
-        result = Model(config, params, text, opened.chat_template, opened.stop_ids)
+        result = Model(config, params, text, opened.chat_template, opened.stop_ids, opened.template)
         try:
             _write(result, str(path), to_format, dtype=dtype or param_dtype)
         except (OSError, SafetensorError) as error:
@@ -258,7 +258,7 @@ def write_native(model: Model, folder: str) -> None:
 
     def save_text(to: str) -> None:
         if model.tokenizer:
-            save_tokenizer(model.tokenizer, model.chat_template, to)
+            save_tokenizer(model.tokenizer, model.chat_template, to, model.template)
 
     config = {"model": dataclasses.asdict(model.config), "stop_ids": model.stop_ids}
     workdir.record_start(folder, config, argv=sys.orig_argv, save_tokenizer=save_text)

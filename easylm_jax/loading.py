@@ -374,10 +374,11 @@ def training_template(
     return with_markers(template, chat.markers)
 
 
-def trained_template(path: str) -> ChatTemplate | None:
-    """The template that the native model at `path` was fine-tuned with; None if it was not."""
+def trained_template(path: str) -> tuple[str, str] | None:
+    """Name and hash of the template that the native model at `path` was fine-tuned with, if any."""
     checkpoints = find_checkpoints(path)
-    return open_native(path, checkpoints).template if checkpoints else None
+    template = open_native(path, checkpoints).template if checkpoints else None
+    return (template.name, template.hash) if template else None
 
 
 def _model_with_tokenizer(spec: str) -> Opened | None:

@@ -68,7 +68,10 @@ class Measurements:
             template=template,
             max_batches=cfg.max_batches,
         )
-        self._heldout()
+        batches = self._heldout()  # what is wrong with the data shows here
+        if not data.root:
+            kept = list(batches)
+            self._heldout = lambda: kept
         forward = make_forward(model)
         self._eval_sums = jax.jit(make_eval_sums(forward, tokenizer.token_bytes()))
         self._answer_losses = jax.jit(make_answer_losses(forward))

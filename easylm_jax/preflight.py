@@ -5,7 +5,7 @@ Called by `train.py` and `loading.py`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easylm_jax.models.llama import LlamaConfig
@@ -19,7 +19,7 @@ from easylm_jax.workdir import Difference, compare_config, read_config, without
 FREE_TO_CHANGE = (
     *("data.root", "tokenizer"),
     *("eval", "checkpoint", "mesh", "distributed", "log_every", "peak_flops", "profile"),
-    *("duration", "guard", "micro_batches", "model.remat", "model.layer_unroll"),
+    *("duration", "guard", "early_stop", "micro_batches", "model.remat", "model.layer_unroll"),
     *("model.attention.implementation", "model.attention.block_q", "model.attention.block_k"),
 )
 
@@ -51,14 +51,14 @@ def check_same_tokenizer(saved: str, tokenizer: Tokenizer, workdir: str) -> None
 
 
 def check_same_template(
-    trained: ChatTemplate | None, template: ChatTemplate | None, path: str
+    trained: Sequence[str] | None, template: ChatTemplate | None, path: str
 ) -> None:
-    """What was trained to answer in one template is not asked in another."""
-    if trained and template and trained.hash != template.hash:
+    """What was trained to answer in one template, (name, hash), is not asked in another."""
+    if trained and template and trained[1] != template.hash:
         raise ValueError(
-            f"{path} was trained with the template {trained.name!r} (hash {trained.hash}), this "
-            f"run asks for {template.name!r} (hash {template.hash}); set data.chat.template to "
-            f"{path}/tokenizer/template.json, or start from a model without one"
+            f"{path} was trained with the template {trained[0]!r} (hash {trained[1]}), this run "
+            f"asks for {template.name!r} (hash {template.hash}); set data.chat.template to the "
+            "tokenizer/template.json of that run, or start from a model without one"
         )
 
 

@@ -7,6 +7,7 @@ which alone calls it).
 
 import contextlib
 import dataclasses
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -88,7 +89,8 @@ class EarlyStop:
             )
         value = values[self._cfg.metric]
         sign = 1 if self._cfg.higher_is_better else -1
-        if self.best_step is None or sign * (value - self._best) > 0:
+        is_first = self.best_step is None or math.isnan(self._best)
+        if is_first or sign * (value - self._best) > 0:
             self.best_step, self._best, self._without_gain = step, value, 0
             return True
         self._without_gain += 1

@@ -149,7 +149,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             check_same_run(dataclasses.asdict(cfg), workdir)
         if restored := checkpoints.restore_latest(abstract):
             check_same_tokenizer(restored.side["tokenizer"], tokenizer, workdir)
-            check_same_template(loading.trained_template(workdir), template, workdir)
+            check_same_template(restored.side["template"], template, workdir)
             state, step = restored.state, restored.step
             source.restore(restored.side["data"])
             early_stop.restore(restored.side["early_stop"])
@@ -274,7 +274,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             raise CheckpointError(f"the last checkpoint, of step {step}, was not written")
         if progress:
             progress.close()
-            for line in closing_lines(workdir, step, total_steps):
+            for line in closing_lines(workdir, step, total_steps, early_stop.best_step):
                 progress.note(line)
         if monitor.must_stop:  # the state is good: it does not have the bad update
             raise ValueError(monitor.must_stop)

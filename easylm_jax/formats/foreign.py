@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from easylm_jax.array_types import Params
 from easylm_jax.formats.names import Entry, Table, to_foreign, to_ours
 from easylm_jax.models.llama import LlamaConfig, init_params
+from easylm_jax.text.template import ChatTemplate
 from easylm_jax.text.tokenizer import Tokenizer
 from easylm_jax.tree import named_leaves
 
@@ -54,6 +55,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     stop_ids: tuple[int, ...] = ()
+    template: ChatTemplate | None = None  # it was fine-tuned with; only our own format keeps it
 
 
 def abstract_params(config: LlamaConfig) -> Params:
