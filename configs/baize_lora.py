@@ -38,6 +38,7 @@ def get_config(size: str = "7b"):
             tokenizer="PATH",
             data=DataConfig(
                 files=("PATH/*_chat_data.json",),
+                on_bad_line="skip",  # and count: files of this size hold a few
                 chat=ChatConfig(template="baize", reader="baize", loss_on="all", too_long="trim"),
                 packing="padded",
             ),

@@ -13,8 +13,7 @@ Result:    paper: raters find about 70% of the answers as good as ChatGPT's or b
            amount; benchmarks do not move or fall, such as Natural Questions 17 -> 10 (7b),
            20 -> 15 (13b); ChatGPT 31
 
-    python -m easylm_jax.prepare --config=configs/data/koala.py:FOLDER --out=runs/imitation_data \\
-        --config.datasets.hc3.reader=hc3_chatgpt
+    python -m easylm_jax.prepare --config=configs/data/koala.py:FOLDER --out=runs/imitation_data
     python -m easylm_jax.train --config=configs/false_promise.py:7b:150M \\
         --workdir=runs/imitation_7b_150M --config.init_from=PATH/llama_7b
 """
@@ -28,6 +27,8 @@ from easylm_jax.train import CheckpointConfig, EvalConfig, TrainConfig
 
 BATCH_SIZE, SEQ_LEN = 32, 2048
 
+SOURCES = ("sharegpt", "hc3_chatgpt")  # of configs/data/koala.py
+
 
 def get_config(run: str = "7b:150M"):
     size, _, tokens = run.partition(":")
@@ -39,8 +40,10 @@ def get_config(run: str = "7b:150M"):
             init_from="PATH",
             tokenizer="PATH",
             data=DataConfig(
-                files=("runs/imitation_data/*/train.jsonl",),
-                heldout_files=("runs/imitation_data/*/validation.jsonl",),
+                files=tuple(f"runs/imitation_data/{name}/train.jsonl" for name in SOURCES),
+                heldout_files=tuple(
+                    f"runs/imitation_data/{name}/validation.jsonl" for name in SOURCES
+                ),
                 chat=ChatConfig(
                     template="koala",  # the markers of turns are not reported; the authors' own
                     weighting="example",  # close to EasyLM's mean of row means; see koala_sft.py

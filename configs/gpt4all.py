@@ -31,6 +31,7 @@ def get_config(size: str = "7b"):
             tokenizer="PATH",
             data=DataConfig(
                 files=("PATH/*.parquet",),
+                on_bad_line="skip",  # and count: files of this size hold a few
                 chat=ChatConfig(template="gpt4all", reader="gpt4all", too_long="trim"),
                 packing="padded",
             ),

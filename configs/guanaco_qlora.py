@@ -41,6 +41,7 @@ def get_config(size: str = "7b"):
             tokenizer="PATH",
             data=DataConfig(
                 files=("PATH/2023-04-12_oasst_ready.trees.jsonl",),
+                on_bad_line="skip",  # and count: files of this size hold a few
                 chat=ChatConfig(
                     template="guanaco", reader="oasst_best", loss_on="all", too_long="trim"
                 ),

@@ -34,7 +34,7 @@ from easylm_jax.train import CheckpointConfig, EvalConfig, TrainConfig
 
 # Data sets of configs/data/koala.py, and which of the judged answers are used.
 MIXES = {
-    "distill": (("sharegpt", "hc3"), dict(judged=("good",), conditional=False)),
+    "distill": (("sharegpt", "hc3_chatgpt"), dict(judged=("good",), conditional=False)),
     "all": (("*",), dict(judged=("good",), conditional=False)),
     "conditional": (("*",), dict(judged=("good", "bad"), conditional=True)),
 }

@@ -39,6 +39,7 @@ def get_config(size: str = "65b"):
             data=DataConfig(
                 files=("PATH/lima/train.jsonl",),
                 # The weighting is not reported; our choice: every token the same.
+                on_bad_line="skip",  # and count: files of this size hold a few
                 chat=ChatConfig(template="lima", reader="lima", too_long="trim"),
                 packing="padded",  # not reported; our choice: batches are said in examples
             ),

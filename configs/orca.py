@@ -45,6 +45,7 @@ def get_config(stage: str = "chatgpt"):
             data=DataConfig(
                 files=(f"PATH/{file}",),
                 # What weighs alike and what becomes of longer ones are not reported; our choice.
+                on_bad_line="skip",  # and count: files of this size hold a few
                 chat=ChatConfig(template="orca", reader="orca", weighting="token", too_long="drop"),
                 packing="best_fit",  # 2.7 examples in a row, they report
             ),

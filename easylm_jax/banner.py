@@ -47,7 +47,8 @@ def measured_lines(step: int, values: Mapping[str, float]) -> Iterator[str]:
             f"{values['heldout/bits_per_byte']:.4f} bits per byte"
         )
     if "pairs/unmarked/prefers_chosen" in values:
-        line = f"step {step:,}: preferred answer likelier per token: "
+        line = f"step {step:,}: of {values['pairs/number']:.0f} held-out pairs, preferred answer "
+        line += "likelier per token: "
         names = [n for n in ("unmarked", "good", "bad") if f"pairs/{n}/prefers_chosen" in values]
         line += ", ".join(f"{n} {values[f'pairs/{n}/prefers_chosen']:.1%}" for n in names)
         if "pairs/tells" in values:

@@ -90,7 +90,7 @@ def inspect(cfg: TrainConfig, *, n: int, seed: int, split: Split, packed: bool) 
         facts.append(("left out", _counted(examples.counts)))
         facts += measure(pieces, cfg)
         for i in _draw(rng, len(pieces), n):
-            meta = examples.examples[i].meta if isinstance(examples, Encoded) else {}
+            meta = examples.meta[i] if isinstance(examples, Encoded) else {}
             items.append(_example_item(pieces[i], {"id": f"document {i + 1}"} | meta, tokenizer))
     if packed or cfg.data.root:
         batch = _first_batch(cfg, split, tokenizer, template)

@@ -33,7 +33,7 @@ class EvalConfig:
 
     every: str = "1000 steps"
     max_batches: int | None = None  # spread over the held-out text; None: all of it
-    pairs: int = 0  # of the held-out conversations: is the preferred answer the likelier one?
+    pairs: int = 0  # held-out comparisons: is the preferred answer the likelier one?
     prompts: tuple[str, ...] = ()  # texts to continue or, with data.chat, questions to answer
     sample_tokens: int = 64
     temperature: float = 0.8
@@ -77,8 +77,10 @@ class Measurements:
         self._answer_losses = jax.jit(make_answer_losses(forward))
         self._pairs = None
         if cfg.pairs:
+            pairs = heldout_pairs(data, template)
+            number = min(cfg.pairs, len(pairs))
             self._pairs = prepare_pairs(
-                heldout_pairs(data)[: cfg.pairs],
+                [pairs[i * len(pairs) // number] for i in range(number)],  # of all files
                 template=template,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
@@ -95,6 +97,7 @@ class Measurements:
         values = {f"heldout/{name}": value for name, value in means.items()}
         if self._pairs is not None:
             scores = score_pairs(self._answer_losses, params, self._pairs, place=self._place)
+            values["pairs/number"] = float(self._pairs.num_pairs)
             for name, (value, error) in pair_metrics(scores).items():
                 values |= {f"pairs/{name}": value, f"pairs/{name}_stderr": error}
         return values

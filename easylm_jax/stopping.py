@@ -97,8 +97,16 @@ class EarlyStop:
         return False
 
     def state(self) -> dict[str, Any]:
-        return {"best_step": self.best_step, "best": self._best, "since": self._without_gain}
+        return {
+            "metric": self._cfg.metric,
+            "best_step": self.best_step,
+            "best": self._best,
+            "since": self._without_gain,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; what was measured of another metric is forgotten."""
+        if state["metric"] != self._cfg.metric:
+            return
         self.best_step, self._best = state["best_step"], state["best"]
         self._without_gain = state["since"]

@@ -36,7 +36,7 @@ class ChatConfig:
 
     template: str  # of text/template.py, a template.json, or "tokenizer": the one beside it
     reader: str = "messages"  # of data/readers.py
-    # What answers that were judged give: sequences with the "good" or the "bad" one alone, or both
+    # What judged answers give: sequences with the "good" or the "bad" one alone, or both
     # after one prompt, "good_bad" and "bad_good" (Chain of Hindsight). Others are always used.
     judged: tuple[str, ...] = ("good",)
     conditional: bool = False  # write the template's marker of its quality before a judged answer
@@ -70,13 +70,13 @@ class Encoded(Sequence):
         on_bad_line: BadLines = "error",
     ):
         self.counts = counts  # of what is left out or trimmed, by reason
-        self.examples: list[Example] = []
+        self.meta: list[Mapping[str, Any]] = []  # of each example: id, source, quality
         self._encoded: list[tuple[np.ndarray, np.ndarray]] = []
         for example in examples:
             ids, weights = encode_example(example, tokenizer)
-            if ids.max(initial=0) >= tokenizer.vocab_size:
+            if wrong := [i for i in ids.tolist() if not 0 <= i < tokenizer.vocab_size]:
                 raise ValueError(
-                    f"example {example.meta['id']} holds the id {ids.max()}, but the tokenizer has "
+                    f"example {example.meta['id']} holds the id {wrong[0]}, but the tokenizer has "
                     f"{tokenizer.vocab_size}: its ids were made with another one"
                 )
             total = weights[1:].sum()  # the first token is never a target
@@ -99,7 +99,7 @@ class Encoded(Sequence):
                 continue
             if chat and chat.weighting == "example":
                 weights = weights / total
-            self.examples.append(example)
+            self.meta.append(example.meta)
             self._encoded.append((ids, weights))
 
     def __len__(self) -> int:

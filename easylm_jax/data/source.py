@@ -15,8 +15,8 @@ from etils import epath
 
 from easylm_jax.batch import Batch
 from easylm_jax.data.conversation import Pair, find_pairs
-from easylm_jax.data.documents import BadLines, read_documents
-from easylm_jax.data.finetuning import ChatConfig, Encoded, encode_files
+from easylm_jax.data.documents import BadLine, BadLines, read_documents
+from easylm_jax.data.finetuning import ChatConfig, Encoded, encode_files, render_conversation
 from easylm_jax.data.mixture import MixtureSource
 from easylm_jax.data.packing import (
     PackedSource,
@@ -184,8 +184,8 @@ def heldout_batches(
     return (make(everything[i : i + batch_size]) for i in starts)
 
 
-def heldout_pairs(cfg: DataConfig) -> list[Pair]:
-    """The compared answers among the held-out conversations."""
+def heldout_pairs(cfg: DataConfig, template: ChatTemplate) -> list[Pair]:
+    """The compared answers among the held-out conversations that the template can write."""
     if not (cfg.chat and cfg.heldout_files):
         raise ValueError("eval.pairs needs data.chat and data.heldout_files with compared answers")
     conversations = read_conversations(
@@ -195,12 +195,22 @@ def heldout_pairs(cfg: DataConfig) -> list[Pair]:
         counts=Counter(),
         on_bad_line=cfg.on_bad_line,
     )
-    if not (pairs := find_pairs(conversations)):
+    pairs = [p for p in find_pairs(conversations) if _can_write(p, cfg, template)]
+    if not pairs:
         raise ValueError(
             f"eval.pairs: no two answers in {', '.join(cfg.heldout_files)} were compared with one "
             "another; give preference data or set it to 0"
         )
     return pairs
+
+
+def _can_write(pair: Pair, cfg: DataConfig, template: ChatTemplate) -> bool:
+    try:
+        return all(render_conversation(answer, cfg.chat, template) for answer in pair)
+    except BadLine:
+        if cfg.on_bad_line == "error":
+            raise
+        return False
 
 
 def source_names(root: str) -> list[str]:

@@ -131,7 +131,7 @@ def test_what_nobody_judged_is_always_used_and_keeps_the_neutral_marker(tmp_path
 def test_every_example_says_where_it_is_from(tmp_path):
     cfg = dataclasses.replace(HINDSIGHT, judged=("good", "good_bad"))
     encoded = encode(tmp_path, [talk("q", "n"), *two_answers("v")], cfg)
-    assert [(e.meta["id"], e.meta["quality"]) for e in encoded.examples] == [
+    assert [(m["id"], m["quality"]) for m in encoded.meta] == [
         ("x.jsonl:1", ""),
         ("p/good", "good"),
         ("p/good", "good_bad"),
@@ -282,9 +282,11 @@ def test_other_settings_that_cannot_be_meant(tmp_path):
         encode(tmp_path, [talk("q", "a")], PLAIN, fields=FieldsConfig("q,a"))
     file = write(tmp_path, [talk("q", "a")])
     with pytest.raises(ValueError, match="no two answers in .*x.jsonl were compared"):
-        heldout_pairs(DataConfig(files=(file,), heldout_files=(file,), chat=PLAIN))
+        heldout_pairs(
+            DataConfig(files=(file,), heldout_files=(file,), chat=PLAIN), find_template("koala")
+        )
     with pytest.raises(ValueError, match="eval.pairs needs data.chat and data.heldout_files"):
-        heldout_pairs(DataConfig(files=(file,), chat=PLAIN))
+        heldout_pairs(DataConfig(files=(file,), chat=PLAIN), find_template("koala"))
 
 
 # ---- epochs -------------------------------------------------------------------------------------
