@@ -46,7 +46,7 @@ def measured_lines(step: int, values: Mapping[str, float]) -> Iterator[str]:
             f"step {step:,}: held-out loss {values['heldout/loss']:.4f} nats per token, "
             f"{values['heldout/bits_per_byte']:.4f} bits per byte"
         )
-    if "pairs/unmarked/prefers_chosen" in values:
+    if "pairs/number" in values:
         line = f"step {step:,}: of {values['pairs/number']:.0f} held-out pairs, preferred answer "
         line += "likelier per token: "
         names = [n for n in ("unmarked", "good", "bad") if f"pairs/{n}/prefers_chosen" in values]

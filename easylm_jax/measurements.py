@@ -26,6 +26,14 @@ from easylm_jax.text.example import encode_segment
 from easylm_jax.text.template import ChatTemplate, end_token, render
 from easylm_jax.text.tokenizer import Tokenizer
 
+WATCHED = (
+    "unmarked/prefers_chosen",
+    "good/prefers_chosen",
+    "bad/prefers_chosen",
+    "tells",
+    "margin",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -99,7 +107,8 @@ class Measurements:
             scores = score_pairs(self._answer_losses, params, self._pairs, place=self._place)
             values["pairs/number"] = float(self._pairs.num_pairs)
             for name, (value, error) in pair_metrics(scores).items():
-                values |= {f"pairs/{name}": value, f"pairs/{name}_stderr": error}
+                if name in WATCHED:
+                    values |= {f"pairs/{name}": value, f"pairs/{name}_stderr": error}
         return values
 
     def samples(self, params: Params) -> list[dict[str, str]]:

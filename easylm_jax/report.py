@@ -28,6 +28,7 @@ from easylm_jax.progress import format_duration
 MAX_PROMPTS = 12  # pairs of samples shown
 MAX_POINTS = 1000  # points drawn of one curve
 SHORT_SERIES = 60  # up to so many points every point is shown
+FEW_POINTS = 8  # of so few none is cut off
 PAUSE_SECONDS = 1800  # a longer gap between two lines: nothing ran, the time does not count
 
 
@@ -121,7 +122,11 @@ HELD_OUT = {
     "bits_per_byte": Known("Bits per byte", frame="falling"),
     "loss": LOSS,
     "accuracy": Known("Accuracy", style="percent"),
+    "prefers_chosen": Known("Preferred answer likelier", "per token", "percent"),
+    "tells": Known("Preferred answer told by the markers", style="percent"),
+    "margin": Known("Evidence of the markers", "nats"),
 }
+STDERR = "_stderr"  # ends the name of another quantity's standard error
 # Shown elsewhere than as a curve: in a tile, a table, a mark or a sentence.
 NOT_PLOTTED = {
     "train/loss", "train/tokens", "model/parameters", "guard/skipped", "perf/step_s",
@@ -314,6 +319,7 @@ def _heading(known: Known, named: Mapping[str, Series]) -> dict[str, Any]:
 def _quantities(held_out: Mapping[str, Mapping[str, Series]]) -> list[str]:
     """Columns of the evaluation: the usual ones first, then whatever else there is."""
     found = {quantity for quantities in held_out.values() for quantity in quantities}
+    found = {quantity for quantity in found if not quantity.endswith(STDERR)}
     return [q for q in HELD_OUT if q in found] + sorted(found - HELD_OUT.keys())
 
 
@@ -326,6 +332,9 @@ def _held_out_table(held_out: Mapping[str, Mapping[str, Series]]) -> dict[str, A
         for quantity, known in zip(quantities, columns, strict=True):
             values = found[quantity].values if quantity in found else []
             ends = [write_number(v, known.style) for v in (*values[:1], *values[-1:])]
+            if ends and quantity + STDERR in found:
+                error = found[quantity + STDERR].values[-1]
+                ends[1] += f" \u00b1 {write_number(error, known.style)}"
             cells.append({"first": ends[0], "last": ends[1]} if ends else {})
         rows.append({"name": name, "cells": cells})
     return {"columns": columns, "rows": rows}
@@ -551,7 +560,7 @@ def frame(lines: Sequence[Series], kind: str) -> tuple[float, float]:
         low, high = values.min(), values.max()
     if kind == "zero":
         low = min(0.0, low)
-    if kind == "falling":
+    if kind == "falling" and len(values) > FEW_POINTS:
         late = values[steps >= steps.min() + 0.04 * (steps.max() - steps.min())]
         outer = np.quantile(late, [0.0, 0.998])
         if high - low > 2 * (outer[1] - outer[0]) > 0:

@@ -76,13 +76,15 @@ def prepare_pairs(
     seq_len: int,
     rows: Sequence[int] | None = None,
 ) -> PairBatches:
-    """All answers of `pairs` under every condition that the template has a marker for.
+    """All answers of `pairs` under every condition that the template has a marker of its own for.
 
     Pairs that do not fit under one condition are left out under all. `rows` of each batch are those
     that this process holds; None: all.
     """
     known = dict(template.markers or [("", "")])
     conditions = tuple(name for name, quality in CONDITIONS.items() if quality in known)
+    if known[""] in (known.get("good"), known.get("bad")):  # as in Koala's template
+        conditions = tuple(name for name in conditions if name != "unmarked")
     encoded = [
         [[encode_answer(c, condition, template, tokenizer) for c in pair] for pair in pairs]
         for condition in conditions

@@ -25,7 +25,7 @@ from easylm_jax.text.tokenizer import ByteTokenizer
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config(vocab_size=304, max_seq_len=160)
-TOKENIZER, KOALA = ByteTokenizer(), find_template("koala")
+TOKENIZER, HINDSIGHT = ByteTokenizer(), find_template("hindsight")
 SHAPE = dict(tokenizer=TOKENIZER, batch_size=8, seq_len=160)
 QUALITIES = ("", "good", "bad")
 
@@ -63,8 +63,8 @@ def _alone(conversation, quality) -> tuple[float, int]:
         return [i for segment in segments for i in encode_segment(segment, TOKENIZER)]
 
     *prompt, answer = conversation.messages
-    start = len(ids(render(KOALA, prompt, generate=True, quality=quality)))
-    row = ids(render(KOALA, [*prompt, {**answer, "quality": quality}]))
+    start = len(ids(render(HINDSIGHT, prompt, generate=True, quality=quality)))
+    row = ids(render(HINDSIGHT, [*prompt, {**answer, "quality": quality}]))
     lm = LanguageModel(config=CONFIG, params=_params(), tokenizer=TOKENIZER)
     ((log_probs, _),) = lm.token_log_probs([row])
     assert row[-1] == TOKENIZER.eos_id
@@ -73,7 +73,7 @@ def _alone(conversation, quality) -> tuple[float, int]:
 
 def test_packed_answers_score_as_alone_and_a_mesh_changes_nothing():
     pairs = _random_pairs()
-    batches = prepare_pairs(pairs, template=KOALA, **SHAPE)
+    batches = prepare_pairs(pairs, template=HINDSIGHT, **SHAPE)
     filled = np.concatenate([batch.segment_ids for batch in batches.batches])
     assert filled.max() > 1 and not filled[-1].any()  # answers share rows; there is padding
     losses = make_answer_losses(make_forward(CONFIG))
@@ -88,15 +88,15 @@ def test_packed_answers_score_as_alone_and_a_mesh_changes_nothing():
     mesh = make_mesh("1,4,1,2")
     with jax.set_mesh(mesh):
         params = jax.device_put(_params(), tree_shardings(_params(), mesh, PARAM_RULES))
-        own = prepare_pairs(pairs, template=KOALA, **SHAPE, rows=local_rows(mesh, 8))
+        own = prepare_pairs(pairs, template=HINDSIGHT, **SHAPE, rows=local_rows(mesh, 8))
         place = functools.partial(to_global, mesh=mesh, batch_size=8)
         split = score_pairs(jax.jit(losses), params, own, place=place)
     np.testing.assert_allclose(split.log_probs, scores.log_probs, rtol=1e-5)
 
 
 def test_a_process_takes_its_rows_and_knows_the_answers_of_all():
-    whole = prepare_pairs(_random_pairs(30), template=KOALA, **SHAPE)
-    part = prepare_pairs(_random_pairs(30), template=KOALA, **SHAPE, rows=[2, 5])
+    whole = prepare_pairs(_random_pairs(30), template=HINDSIGHT, **SHAPE)
+    part = prepare_pairs(_random_pairs(30), template=HINDSIGHT, **SHAPE, rows=[2, 5])
     assert len(whole.batches) > 1
     for one, all_rows in zip(part.batches, whole.batches, strict=True):
         jax.tree.map(
@@ -108,8 +108,8 @@ def test_a_process_takes_its_rows_and_knows_the_answers_of_all():
 def test_pairs_that_do_not_fit_under_one_condition_are_left_out_under_all():
     long = _pair(9, "a", "b" * 95, "c")  # its bad marker alone makes it too long
     pairs = [_random_pairs()[0], long, _random_pairs()[1]]
-    cut = functools.partial(prepare_pairs, template=KOALA, tokenizer=TOKENIZER, batch_size=2)
-    length = len(TOKENIZER.encode("BEGINNING OF CONVERSATION: USER: a GPT:" + "b" * 95)) + 1
+    cut = functools.partial(prepare_pairs, template=HINDSIGHT, tokenizer=TOKENIZER, batch_size=2)
+    length = len(TOKENIZER.encode("User: a A helpful answer: " + "b" * 95)) + 1
     batches = cut(pairs, seq_len=length)
     assert (batches.num_pairs, batches.left_out) == (2, 1)
     length += len("An Unhelpful Answer:") - len("GPT:")
@@ -124,7 +124,7 @@ def test_pairs_that_do_not_fit_under_one_condition_are_left_out_under_all():
 
 def test_a_uniform_model_ties_per_token_and_prefers_short_answers_in_sum():
     pairs = [_pair(0, "q", "ab", "abcdef"), _pair(1, "q", "abcd", "a"), _pair(2, "q", "ab", "cd")]
-    batches = prepare_pairs(pairs, template=KOALA, **SHAPE)
+    batches = prepare_pairs(pairs, template=HINDSIGHT, **SHAPE)
 
     def forward(params, batch, key):
         return jax.numpy.zeros((*batch.tokens.shape, 4)), jax.numpy.zeros((4, 64))
@@ -137,7 +137,7 @@ def test_a_uniform_model_ties_per_token_and_prefers_short_answers_in_sum():
     assert found["tells"][0] == 0.5 and found["margin"] == (0, 0)
     won = pair_metrics(
         score_pairs(
-            make_answer_losses(forward), {}, prepare_pairs(pairs[:1], template=KOALA, **SHAPE)
+            make_answer_losses(forward), {}, prepare_pairs(pairs[:1], template=HINDSIGHT, **SHAPE)
         )
     )
     assert won["unmarked/prefers_chosen_total"] == (1.0, 0.0)
