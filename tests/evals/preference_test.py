@@ -112,7 +112,7 @@ def test_pairs_that_do_not_fit_under_one_condition_are_left_out_under_all():
     length = len(TOKENIZER.encode("User: a A helpful answer: " + "b" * 95)) + 1
     batches = cut(pairs, seq_len=length)
     assert (batches.num_pairs, batches.left_out) == (2, 1)
-    length += len("An Unhelpful Answer:") - len("GPT:")
+    length += len("An unhelpful answer:") - len("A helpful answer:")
     assert [cut(pairs, seq_len=length - i).left_out for i in (0, 1)] == [0, 1]
     with pytest.raises(
         ValueError, match="none of the 1 held-out pairs fits in rows of seq_len = 20"
