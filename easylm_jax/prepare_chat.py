@@ -4,10 +4,12 @@
     DIR/<dataset>/counts.json                      what every stage dropped and why
     DIR/counts.json                                the same of all, with the config
 
-The stages, in this order: read, clean web pages, keywords, languages, lengths, duplicates, near
-duplicates, evaluation prompts, `max_examples`, splitting of what is long. Which side a conversation
-is on follows from its first question alone, so no first question is on both sides, in no two data
-sets. A data set is held in memory while it is prepared.
+The stages, in this order: read, verdicts without the other answer, clean web pages, keywords,
+languages, lengths, duplicates, near duplicates, evaluation prompts, `max_examples`, splitting of
+what is long, sides. Which side a conversation is on follows from its first question alone, so no
+first question is on both sides, in no two data sets. The pieces of a split one stay together: those
+that begin with a question of the other side are left out and counted. A data set is held in memory
+while it is prepared.
 
 A finished data set is not done again; one that was made with other settings is an error. What it
 is not: the stages themselves (`data/cleaning.py`, `dedup.py`, `decontaminate.py`).
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 from easylm_jax.data import cleaning, decontaminate, dedup
 from easylm_jax.data.cleaning import Group
-from easylm_jax.data.conversation import prompt_key, to_json
+from easylm_jax.data.conversation import Conversation, message_text, prompt_key, to_json
 from easylm_jax.data.documents import BadLines, match_files
 from easylm_jax.data.readers import read_conversations
 from easylm_jax.data.rows import stable_hash
@@ -51,6 +53,17 @@ class DatasetConfig:
     duplicates: dedup.Same = "conversation"  # same "question", "exchange"; "": keep them
     near_duplicates: float = 0.0  # drop from this similarity of words on, such as 0.8; 0: keep
 
+    def __post_init__(self) -> None:
+        least = dedup.LEAST_SIMILARITY
+        _demand(
+            self.near_duplicates == 0 or least <= self.near_duplicates <= 1,
+            f"near_duplicates is {self.near_duplicates}: expected {least} to 1, or 0 to keep them",
+        )
+        _demand(
+            self.max_examples is None or self.max_examples >= 1,
+            f"max_examples is {self.max_examples}: expected at least 1, or None to take all",
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatPrepareConfig:
@@ -65,8 +78,24 @@ class ChatPrepareConfig:
     on_bad_line: BadLines = "error"
 
     def __post_init__(self) -> None:
-        if self.max_tokens and not self.tokenizer:
-            raise ValueError("max_tokens counts tokens: name the tokenizer as well")
+        _demand(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"max_tokens is {self.max_tokens}: expected at least 1, or None not to split",
+        )
+        _demand(
+            self.max_tokens is None or bool(self.tokenizer),
+            "max_tokens counts tokens: name the tokenizer as well",
+        )
+        _demand(self.ngram >= 1, f"ngram is {self.ngram}: expected a number of words, at least 1")
+        _demand(
+            0 <= self.validation_fraction < 1,
+            f"validation_fraction is {self.validation_fraction}: expected 0 or more and under 1",
+        )
+
+
+def _demand(met: bool, sentence: str) -> None:
+    if not met:
+        raise ValueError(sentence)
 
 
 def prepare_chat(cfg: ChatPrepareConfig, out: str) -> dict[str, dict[str, Any]]:
@@ -95,6 +124,11 @@ def prepare_chat(cfg: ChatPrepareConfig, out: str) -> dict[str, dict[str, Any]]:
                     count_tokens=lambda text: len(tokenizer.encode(text)),
                     lost_turns=lost_turns,
                 )
+            stages["sides"] = functools.partial(
+                _keep_one_side,
+                validation_fraction=cfg.validation_fraction,
+                lost_turns=lost_turns,
+            )
             report = {"origin": origin, "lost_turns": lost_turns, "contamination": hits}
             groups = _run_stages(cfg, name, stages, report)
             _write(epath.Path(out) / name, groups, cfg.validation_fraction, report)
@@ -112,6 +146,7 @@ def _stages(
 ) -> dict[str, Stage]:
     """The stages that the settings ask for, by name and in order."""
     asked = {
+        "verdicts": cleaning.drop_lone_verdicts,
         "web pages": dataset.web_pages and cleaning.clean_web_pages,
         "forbidden": dataset.forbidden
         and functools.partial(cleaning.drop_forbidden, words=dataset.forbidden),
@@ -184,16 +219,43 @@ def _shuffle_and_limit(
         yield group
 
 
+def _side(conversation: Conversation, validation_fraction: float) -> str:
+    key = prompt_key(conversation)
+    return SIDES[int(key, 16) / 16 ** len(key) < validation_fraction]
+
+
+def _keep_one_side(
+    groups: Iterable[Group],
+    counts: Counter[str],
+    *,
+    validation_fraction: float,
+    lost_turns: Counter[str],
+) -> Iterator[Group]:
+    """Every group without the pieces that are on another side than the first.
+
+    Compared answers to questions on both sides go, since none of them is of use alone.
+    """
+    for group in groups:
+        sides = [_side(conversation, validation_fraction) for conversation in group]
+        own = tuple(c for c, side in zip(group, sides, strict=True) if side == sides[0])
+        if len(own) < len(group) and group[0].pair:
+            counts["questions on both sides"] += len(group)
+            continue
+        turns_left = sum(m["role"] == "user" for c in own for m in c.messages)
+        if lost := sum(m["role"] == "user" for c in group for m in c.messages) - turns_left:
+            lost_turns["turns on the other side of the split"] += lost
+        yield own
+
+
 def _write(
     folder: epath.Path, groups: Sequence[Group], validation_fraction: float, report: dict[str, Any]
 ) -> None:
     """The folder of one data set, whole or not at all."""
     lines: dict[str, list[str]] = {side: [] for side in SIDES}
     for group in groups:
-        # All pieces of a conversation are on the side of the first.
-        share = int(prompt_key(group[0]), 16) / 16 ** len(prompt_key(group[0]))
-        side = SIDES[share < validation_fraction]
-        lines[side] += (json.dumps(to_json(c), ensure_ascii=False) for c in group)
+        lines[_side(group[0], validation_fraction)] += (
+            json.dumps(to_json(c), ensure_ascii=False) for c in group
+        )
     partial = folder.with_name(f"{folder.name}.partial")
     partial.rmtree(missing_ok=True)
     partial.mkdir(parents=True)
@@ -260,7 +322,7 @@ def _origin(cfg: ChatPrepareConfig, dataset: DatasetConfig) -> tuple[Any, ...]:
 
 def _megabytes(groups: Iterable[Group]) -> float:
     """UTF-8 text of all messages."""
-    return sum(len(m["content"].encode()) for g in groups for c in g for m in c.messages) / 1e6
+    return sum(len(message_text(m).encode()) for g in groups for c in g for m in c.messages) / 1e6
 
 
 def _speed(groups: Sequence[Group], started: float) -> dict[str, float]:

@@ -15,12 +15,14 @@ from etils import epath
 from configs.data import koala
 from easylm_jax.config import as_config_dict, from_config_dict
 from easylm_jax.data.conversation import Conversation, find_pairs, from_json, prompt_key, to_json
+from easylm_jax.data.documents import match_files
 from easylm_jax.data.readers import READERS, read_conversations
 from easylm_jax.prepare_chat import ChatPrepareConfig, DatasetConfig, counts_table, prepare_chat
 from tests.data.cleaning_test import pair, talk
 from tests.data.dedup_test import text
 
 ROOT = Path(__file__).parents[1]
+SIDES = ("train", "test")  # as HH is published
 PROMPT = "Name, in one sentence, the three largest of all the lakes in southern Finland, please."
 
 
@@ -100,6 +102,7 @@ def test_every_conversation_is_kept_or_counted(cfg, tmp_path):
         assert len(written[name]) == report["written"]
     pieces = [c for c in written["a"] if c.id.startswith("long")]
     assert len(written["a"]) == a["kept"] + len(pieces) - 4 and len(pieces) > 4
+    assert {c.id.split("/")[0] for c in pieces} == {f"long{i}" for i in range(4)}
     assert len(find_pairs(written["b"])) == 20
     source = {c.id: c for c in read(tmp_path / "b.jsonl")}
     assert written["b"] == [dataclasses.replace(source[c.id], source="b") for c in written["b"]]
@@ -110,17 +113,17 @@ def test_every_conversation_is_kept_or_counted(cfg, tmp_path):
 
 def test_no_question_is_on_both_sides_of_any_data_set(cfg, tmp_path):
     datasets = cfg.datasets | {"b": dataclasses.replace(cfg.datasets["b"], max_examples=None)}
-    prepare_chat(dataclasses.replace(cfg, datasets=datasets), str(tmp_path))
+    reports = prepare_chat(dataclasses.replace(cfg, datasets=datasets), str(tmp_path))
     sides = {
         side: [c for name in datasets for c in read(tmp_path / name / f"{side}.jsonl")]
         for side in ("train", "validation")
     }
-    opening = {
-        side: {prompt_key(c) for c in found if "/part" not in c.id or c.id.endswith("part0")}
-        for side, found in sides.items()
-    }
-    assert not opening["train"] & opening["validation"]
+    opening = {side: set(map(prompt_key, found)) for side, found in sides.items()}
+    assert not opening["train"] & opening["validation"]  # also of the pieces of what was split
     assert len({side for side, found in sides.items() for c in found if "long" in c.id}) == 1
+    turns = sum(len(c.messages) // 2 for found in sides.values() for c in found if "long" in c.id)
+    assert reports["a"]["lost_turns"] == {"turns on the other side of the split": 40 - turns}
+    assert 4 < turns < 40
     assert 0.2 < len(opening["validation"]) / sum(map(len, opening.values())) < 0.4
 
 
@@ -185,6 +188,43 @@ def test_settings_that_cannot_be_meant(cfg, tmp_path):
         prepare_chat(dataclasses.replace(cfg, datasets=gone), str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    "name, wrong, right",
+    [
+        ("validation_fraction", (-0.1, 1.0, float("nan")), (0.0, 0.99)),
+        ("max_tokens", (0, -1), (1, None)),
+        ("ngram", (0,), (1,)),
+        ("max_examples", (0, -1), (1, None)),
+        ("near_duplicates", (-0.1, 0.01, 1.1, float("nan")), (0.0, 0.02, 1.0)),
+    ],
+)
+def test_numbers_that_cannot_be_meant(cfg, name, wrong, right):
+    config = cfg if hasattr(cfg, name) else cfg.datasets["a"]
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name} is {value}: expected [^.]*[0-9N]"):
+            dataclasses.replace(config, **{name: value})
+    for value in right:
+        dataclasses.replace(config, **{name: value})
+
+
+def test_compared_answers_are_whole_and_on_one_side_or_counted(tmp_path):
+    pairs = [pair(f"q{i}", "yes", "no", id=f"p{i}") for i in range(20)]
+    apart = [dataclasses.replace(p[1], pair=f"p{i}") for i, p in enumerate(pairs[1:])]
+    answers = [c for (good, _), bad in zip(pairs, apart, strict=False) for c in (good, bad)]
+    write(tmp_path / "a.jsonl", [*answers, talk("q", "", quality="bad", pair="p19"), pairs[19][0]])
+    dataset = DatasetConfig("messages", (str(tmp_path / "a.jsonl"),))
+    cfg = ChatPrepareConfig({"a": dataset}, validation_fraction=0.5, on_bad_line="skip")
+    report = prepare_chat(cfg, str(tmp_path / "out"))["a"]
+    sides = [read(tmp_path / "out/a" / f"{side}.jsonl") for side in ("train", "validation")]
+    assert 0 < sum(map(len, sides)) < 38
+    assert all(len(find_pairs(side)) == len(side) / 2 for side in sides)
+    assert not set.intersection(*(set(map(prompt_key, side)) for side in sides))
+    assert report["dropped"] == {
+        "the other answer was left out": 1,
+        "questions on both sides": 38 - sum(map(len, sides)),
+    }
+
+
 def test_the_command_takes_what_of_koalas_data_is_there(tmp_path):
     (tmp_path / "preference/hh_rlhf").mkdir(parents=True)
     (tmp_path / "alpaca").mkdir()
@@ -202,6 +242,34 @@ def test_the_command_takes_what_of_koalas_data_is_there(tmp_path):
     found = [json.loads(line) for path in lines for line in path.read_text().splitlines()]
     assert len(found) == 9 and from_json(found[0], where="x").source == "alpaca"
     assert json.loads((tmp_path / "out/hh_rlhf/counts.json").read_text())["kept"] == 2
+
+
+def test_koalas_config_finds_hh_as_published_and_hc3_twice(tmp_path):
+    for name in (
+        *(
+            f"hh_rlhf/{kind}-base/{side}.jsonl.gz"
+            for kind in ("harmless", "helpful")
+            for side in SIDES
+        ),
+        *(f"hh_rlhf/helpful-online/{side}.jsonl.gz" for side in SIDES),
+        "hh_rlhf/red-team-attempts/red_team_attempts.jsonl.gz",
+        "hc3/all.jsonl",
+    ):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    for folder in (tmp_path / "data", tmp_path):  # FOLDER/<name>/ and FOLDER/*/<name>/
+        named = from_config_dict(ChatPrepareConfig, koala.get_config(str(folder))).datasets
+        found = {str(f.relative_to(tmp_path)) for f in match_files(named["hh_rlhf"].files)}
+        assert found == {
+            f"data/hh_rlhf/{kind}/train.jsonl.gz"
+            for kind in ("harmless-base", "helpful-base", "helpful-online")
+        }
+        assert named.keys() == {"hh_rlhf", "hc3_human", "hc3_chatgpt"}
+        assert all(named[name].reader == name for name in ("hc3_human", "hc3_chatgpt"))
+    (tmp_path / "data/hh_rlhf/mine_test.json").touch()
+    assert "mine_test.json" in str(
+        match_files(koala.get_config(str(folder)).datasets.hh_rlhf.files)
+    )
 
 
 def test_koalas_config_without_a_folder_names_all_and_with_an_empty_one_none(tmp_path, capsys):

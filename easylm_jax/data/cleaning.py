@@ -2,7 +2,10 @@
 
 Every stage is a pure function from groups to groups. A group is one conversation, or the answers
 that were compared with one another (equal `pair`): these stand or fall together, so that no verdict
-is left without the answer it was a verdict against. What is dropped is counted, in conversations.
+is left without the answer it was a verdict against; where the reader left one out,
+`drop_lone_verdicts` drops the other. What is dropped is counted, in conversations.
+
+The texts are strangers': every expression here takes time linear in their length.
 
 What it is not: a reader (`readers.py`) or a search for duplicates (`dedup.py`). Called by
 `prepare_chat.py`.
@@ -14,19 +17,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from easylm_jax.data.conversation import Conversation
+from easylm_jax.data.conversation import Conversation, message_text
 from easylm_jax.text.template import Message
 
 Group = tuple[Conversation, ...]
 
 # Vicuna's rules for ShareGPT (FastChat, clean_sharegpt.py), whose pages came with their buttons.
 OPENS_AS_HTML = re.compile(r"\s*<(div|p|pre|ol|ul|h[1-6]|table|blockquote)\b", re.IGNORECASE)
-DIV_OR_SPAN = re.compile(r"<(?:div|span)\b[^>]*>|</(?:div|span)>", re.IGNORECASE)
-FENCE_BUTTON = re.compile(r"```\s*([\w+#.-]*?)\s*(?:Copy code)+\s*(.*?)\s*```", re.DOTALL)
+DIV_OR_SPAN = re.compile(r"<(?:div|span)\b[^<>]*>|</(?:div|span)>", re.IGNORECASE)
+LONG_BLANK = re.compile(r"(\s{100})\s+")
+FENCE_BUTTON = re.compile(r"```\s*+([\w+#.-]*?)\s*+(?:Copy code)++(.*?)```", re.DOTALL)
 BUTTON_LINE = re.compile(r"^[ \t]*Copy code[ \t]*$", re.MULTILINE)
 COPY_COUNT = re.compile(r"Copy\s*\d+ chars / \d+ words")
 # "2 / 3" before a message says which of its versions is shown; "3 / 4 of a cup" must survive.
-VERSION_COUNT = re.compile(r"\s*\d+ / \d+(?=\s*\n\s*\S|<|[^\W\d_])")
+VERSION_COUNT = re.compile(r"\s*\d+ / \d+(?=[^\S\n]*\n\s*\S|<|[^\W\d_])")
 RESTARTED_LIST = re.compile(r"^1\. (?:(?!^2\. ).)*?^1\. ", re.DOTALL | re.MULTILINE)
 ERROR_PAGES = (
     "too many requests in 1 hour",
@@ -43,6 +47,7 @@ LANGUAGE_CHARACTERS = 1000  # from the start; more does not change what is detec
 LANGUAGE_MIN_LETTERS = 20  # in shorter texts the detector guesses
 LANGUAGE_MIN_SCORE = 0.8  # below are code, and English questions about another language
 
+SAID = ("content", "input")  # what of a message is text that somebody wrote
 MESSAGE_TOKENS = 6  # room for the template's words around a message, as in FastChat
 
 
@@ -54,12 +59,22 @@ def group_answers(conversations: Iterable[Conversation]) -> list[Group]:
     return [tuple(group) for group in groups.values()]
 
 
+def drop_lone_verdicts(groups: Iterable[Group], counts: Counter[str]) -> Iterator[Group]:
+    """Drop compared answers of which only the good ones or only the bad ones are left."""
+    for group in groups:
+        qualities = {c.quality for c in group}
+        if group[0].pair and qualities in ({"good"}, {"bad"}):
+            counts["the other answer was left out"] += len(group)
+        else:
+            yield group
+
+
 def clean_web_pages(groups: Iterable[Group], counts: Counter[str]) -> Iterator[Group]:
     """Vicuna's cleaning of ShareGPT: HTML to Markdown, no buttons and counters, no error pages."""
     markdown = _markdown_converter()
     for group in groups:
         try:
-            cleaned = tuple(_map_messages(c, lambda m: _clean_message(m, markdown)) for c in group)
+            cleaned = tuple(_clean_conversation(c, markdown) for c in group)
         except (AssertionError, RecursionError, ValueError):  # Beautiful Soup gives up
             counts["HTML that cannot be read"] += len(group)
             continue
@@ -72,18 +87,38 @@ def clean_web_pages(groups: Iterable[Group], counts: Counter[str]) -> Iterator[G
 def clean_text(text: str) -> str:
     """Without what the buttons and counters of a chat page left in it."""
     text = COPY_COUNT.sub("", _without_version(text))
-    text = FENCE_BUTTON.sub(lambda m: f"```{m[1]}\n{m[2]}\n```" if m[2] else "", text)
+    text = FENCE_BUTTON.sub(_without_button, text)
     return re.sub(r"\n{3,}", "\n\n", BUTTON_LINE.sub("", text)).strip()
 
 
-def _clean_message(message: Message, markdown: Callable[[str], str]) -> str:
+def _without_button(found: re.Match[str]) -> str:
+    language, code = found[1], found[2].strip()
+    return f"```{language}\n{code}\n```" if code else ""
+
+
+def _clean_conversation(conversation: Conversation, markdown: Callable[[str], str]) -> Conversation:
+    messages = tuple(
+        {k: _clean(v, m["role"], markdown) if k in SAID else v for k, v in m.items()}
+        for m in conversation.messages
+    )
+    return dataclasses.replace(conversation, messages=messages)
+
+
+def _clean(text: str, role: str, markdown: Callable[[str], str]) -> str:
     """Only answers are pages: HTML that a user typed is what the user asks about."""
-    text = _without_version(message["content"])
-    if message["role"] != "assistant":
+    text = _without_version(text)
+    if role != "assistant":
         return text
     if OPENS_AS_HTML.match(text):
-        text = markdown(DIV_OR_SPAN.sub("", text))  # inside <pre> they would end up in the code
+        text = DIV_OR_SPAN.sub("", text)  # inside <pre> they would end up in the code
+        text = markdown(_easy_to_parse(text))
     return clean_text(text)
+
+
+def _easy_to_parse(html: str) -> str:
+    """Without what takes the parser and markdownify quadratic time: open tags, long blanks."""
+    before, end, rest = LONG_BLANK.sub(r"\1", html).rpartition(">")
+    return before + end + rest.replace("<", "&lt;")
 
 
 def _without_version(text: str) -> str:
@@ -93,9 +128,9 @@ def _without_version(text: str) -> str:
 
 def _fault_of_page(conversation: Conversation) -> str:
     for message in conversation.messages:
-        text = message["content"]
-        if not text.strip():
+        if not message["content"].strip():
             return "message empty after cleaning"
+        text = message_text(message)
         if message["role"] == "assistant":
             start = text.lstrip("! ").casefold()
             if len(text) < ERROR_CHARACTERS and start.startswith(ERROR_PAGES):
@@ -122,7 +157,7 @@ def drop_forbidden(
     """Drop what holds one of `words` in any turn, in any case and also inside a longer word."""
     lowered = [word.lower() for word in words]
     for group in groups:
-        text = "\n".join(m["content"] for c in group for m in c.messages).lower()
+        text = "\n".join(message_text(m) for c in group for m in c.messages).lower()
         if word := next((word for word in lowered if word in text), ""):
             counts[f"holds {word!r}"] += len(group)
         else:
@@ -138,7 +173,7 @@ def drop_by_length(
 ) -> Iterator[Group]:
     """Drop conversations shorter or longer than that, all messages together."""
     for group in groups:
-        sizes = [sum(len(m["content"]) for m in c.messages) for c in group]
+        sizes = [sum(len(message_text(m)) for m in c.messages) for c in group]
         if min(sizes) < min_characters:
             counts[f"under {min_characters} characters"] += len(group)
         elif max_characters is not None and max(sizes) > max_characters:
@@ -173,7 +208,7 @@ def _language_detector() -> Callable[[Conversation], str]:
     detector = LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
 
     def detect(conversation: Conversation) -> str:
-        text = "\n".join(m["content"] for m in conversation.messages)[:LANGUAGE_CHARACTERS]
+        text = "\n".join(map(message_text, conversation.messages))[:LANGUAGE_CHARACTERS]
         if sum(map(str.isalpha, text)) < LANGUAGE_MIN_LETTERS:
             return ""
         best = detector.detect(text)[0]
@@ -198,7 +233,7 @@ def split_long(
     """
 
     def size(message: Message) -> int:
-        return MESSAGE_TOKENS + count_tokens(message["content"])
+        return MESSAGE_TOKENS + count_tokens(message_text(message))
 
     for group in groups:
         if any(c.pair or c.quality for c in group):
@@ -245,11 +280,6 @@ def _pieces(
         for number, piece in enumerate(pieces)
     )
     return tuple(named), num_lost
-
-
-def _map_messages(conversation: Conversation, content_of: Callable[[Message], str]) -> Conversation:
-    messages = tuple({"role": m["role"], "content": content_of(m)} for m in conversation.messages)
-    return dataclasses.replace(conversation, messages=messages)
 
 
 def _missing(library: str, setting: str) -> str:

@@ -70,8 +70,17 @@ def _refuse(conversation: Conversation, reason: str, found: str) -> None:
     )
 
 
+def message_text(message: Message) -> str:
+    """All that was said: the content, and on a line of its own the "input" that belongs to it."""
+    given = message.get("input", "")
+    return f"{message['content']}\n{given}" if given.strip() else message["content"]
+
+
 def prompt_key(conversation: Conversation) -> str:
-    """Equal for conversations that begin with the same question, but for case and white space."""
+    """Equal for conversations that begin with the same question, but for case and white space.
+
+    Whatever its input: a question about two texts is the same question.
+    """
     first = next((m["content"] for m in conversation.messages if m["role"] == "user"), "")
     normal = " ".join(first.casefold().split())
     return hashlib.blake2b(normal.encode(), digest_size=16).hexdigest()
@@ -100,7 +109,10 @@ def to_json(conversation: Conversation) -> dict[str, Any]:
 
 
 def from_json(fields: Mapping[str, Any], *, where: str, source: str = "") -> Conversation:
-    """Also of other people's `{"messages": [...]}`, which have neither id nor source."""
+    """Also of other people's `{"messages": [...]}`, which have neither id nor source.
+
+    Null is like none: tables, such as Parquet, have nulls where our lines leave a field out.
+    """
     messages = fields["messages"]
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -110,18 +122,19 @@ def from_json(fields: Mapping[str, Any], *, where: str, source: str = "") -> Con
             "messages of another form",
             f'{where}: "messages" is not a list of {{"role": ..., "content": text}}',
         )
-    quality = fields.get("quality", "")
+    known = {name: value for name, value in fields.items() if value is not None}
+    quality = known.get("quality", "")
     if quality not in QUALITIES:
         raise BadLine(
             "unknown quality", f"{where}: quality is {quality!r}, expected one of {QUALITIES}"
         )
     return Conversation(
-        id=str(fields.get("id", where)),
+        id=str(known.get("id", where)),
         messages=tuple(
             {k: m[k] for k in MESSAGE_KEYS if isinstance(m.get(k), str)} for m in messages
         ),
-        source=str(fields.get("source", source)),
+        source=str(known.get("source", source)),
         quality=quality,
-        pair=str(fields.get("pair", "")),
-        score=fields.get("score"),
+        pair=str(known.get("pair", "")),
+        score=known.get("score"),
     )

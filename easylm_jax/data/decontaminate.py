@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from easylm_jax.data.cleaning import Group
-from easylm_jax.data.conversation import Conversation
+from easylm_jax.data.conversation import Conversation, message_text
 from easylm_jax.data.documents import match_files
 from easylm_jax.data.readers import read_records
 
@@ -59,7 +59,7 @@ def drop_contaminated(
 def _prompts_in(conversation: Conversation, index: PromptIndex) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for message in conversation.messages:
-        words = WORD.findall(message["content"].casefold())
+        words = WORD.findall(message_text(message).casefold())
         if len(words) < index.ngram:
             found.update(index.short.get(tuple(words), ()))
         # Nearly all texts end here, and it is one pass without a loop in Python.

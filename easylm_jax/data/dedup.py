@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Literal
 
 from easylm_jax.data.cleaning import Group
-from easylm_jax.data.conversation import Conversation
+from easylm_jax.data.conversation import Conversation, message_text
 
 # Koala dropped repeated questions, Vicuna repeated (first question, first answer).
 Same = Literal["", "question", "exchange", "conversation"]
@@ -19,6 +19,7 @@ Same = Literal["", "question", "exchange", "conversation"]
 SHINGLE_WORDS = 5
 NUM_HASHES = 128
 SEED = 1
+LEAST_SIMILARITY = 0.02  # the least threshold; below, even one hash per band finds too few
 BATCH = 1024  # groups hashed at once
 
 
@@ -42,7 +43,7 @@ def drop_duplicates(
 
 
 def _key(conversation: Conversation, same: Same) -> tuple[str, ...]:
-    texts = [" ".join(m["content"].casefold().split()) for m in conversation.messages]
+    texts = [" ".join(message_text(m).casefold().split()) for m in conversation.messages]
     if same == "conversation":
         return (conversation.quality, *texts)
     first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "user")
@@ -89,7 +90,7 @@ def _similarity(shingles: list[str], others: list[str]) -> float:
 
 def _shingles(group: Group) -> list[str]:
     """Runs of five words of every message once: a pair shares its prompt."""
-    messages = dict.fromkeys(m["content"] for c in group for m in c.messages)
+    messages = dict.fromkeys(message_text(m) for c in group for m in c.messages)
     words = "\n".join(messages).casefold().split()
     runs = zip(*(words[i:] for i in range(SHINGLE_WORDS)), strict=False)
     return list(map(" ".join, runs)) or [" ".join(words)]

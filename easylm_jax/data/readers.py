@@ -68,7 +68,8 @@ def read_conversations(
 
     `counts` gains the reasons for which records were left out, and with `on_bad_line="skip"` also
     those of bad lines; else the first of these is raised. Of two answers that were compared, one
-    may be left out alone. `validate=False` leaves `conversation.check` to the caller.
+    may be left out alone: `cleaning.drop_lone_verdicts` drops the other. `validate=False` leaves
+    `conversation.check` to the caller.
     """
     read = find_reader(reader)
     for where, record in read_records(paths, counts=counts, on_bad_line=on_bad_line):

@@ -1,15 +1,19 @@
 """Cleaning: what a page leaves behind goes, what a person wrote stays, and no turn is lost."""
 
+import dataclasses
 import random
+import time
 from collections import Counter
 
 import pytest
 
 from easylm_jax.data.cleaning import (
     MESSAGE_TOKENS,
+    clean_text,
     clean_web_pages,
     drop_by_length,
     drop_forbidden,
+    drop_lone_verdicts,
     drop_other_languages,
     group_answers,
     split_long,
@@ -25,6 +29,14 @@ def talk(*texts: str, id: str = "a:1", system: str = "", **fields) -> Conversati
     return Conversation(id=id, messages=tuple(messages), **fields)
 
 
+def with_input(conversation: Conversation, given: str) -> Conversation:
+    """The same with an "input" of the first user."""
+    messages = list(conversation.messages)
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    messages[first] = messages[first] | {"input": given}
+    return dataclasses.replace(conversation, messages=tuple(messages))
+
+
 def pair(prompt: str, chosen: str, rejected: str, id: str = "p:1") -> list[Conversation]:
     return [
         talk(prompt, chosen, id=f"{id}/chosen", quality="good", pair=id),
@@ -37,6 +49,15 @@ def test_compared_answers_are_one_group_wherever_they_are():
     c, d = pair("q", "x", "y", id="p:2")
     alone, other = talk("q", "x"), talk("q", "x")
     assert group_answers([alone, a, c, other, d, b]) == [(alone,), (a, b), (c, d), (other,)]
+
+
+def test_no_verdict_stays_without_the_answer_it_was_a_verdict_against():
+    (a, b), (c, d), (e, f) = (pair("q", "x", "y", id=f"p:{i}") for i in range(3))
+    unjudged = [talk("q", "x"), talk("q", "x", id="a:2", pair="p:9")]
+    groups = group_answers([a, d, e, f, *unjudged])
+    counts: Counter[str] = Counter()
+    assert list(drop_lone_verdicts(groups, counts)) == [(e, f), *((c,) for c in unjudged)]
+    assert counts == {"the other answer was left out": 2}
 
 
 PAGE = (
@@ -69,6 +90,47 @@ def test_pages_become_markdown_and_people_keep_their_words(question, answer, cle
     ((result,),) = clean_web_pages([(talk(question, answer),)], counts)
     assert tuple(m["content"] for m in result.messages) == cleaned
     assert not counts
+
+
+def repeated(start: str, what: str) -> str:
+    return start + what * (200_000 // len(what))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        repeated("1 / 2", "\n"),
+        repeated("1 / 2", " \n"),
+        repeated("```", " "),
+        repeated("```Copy code x", " "),
+        repeated("```", "Copy code"),
+        repeated("", "<div "),
+        repeated("<p>", "<a "),  # what follows is the parser's and markdownify's
+        repeated("<p>", "<!--"),
+        repeated("<p>a", " ") + "b",
+    ],
+    ids=lambda page: page[:20].strip(),
+)
+def test_a_page_made_to_take_long_does_not(page):
+    """Each of these took time quadratic in its length: minutes at this one."""
+    pytest.importorskip("markdownify")
+    started = time.process_time()
+    clean_text(page)
+    list(clean_web_pages([(talk("hi", page),)], Counter()))
+    assert time.process_time() - started < 5
+
+
+def test_an_input_is_cleaned_filtered_and_counted_with_its_message():
+    pytest.importorskip("markdownify")
+    short, given = talk("Shorten this.", "It is short."), "from OpenAI " + "word " * 40
+    group = (with_input(short, given),)
+    assert list(clean_web_pages([(with_input(short, "1 / 2\n" + given),)], Counter())) == [group]
+    count = len(f"Shorten this.\n{given}It is short.")
+    limits = dict(min_characters=count, max_characters=count)
+    assert list(drop_by_length([(short,), group], Counter(), **limits)) == [group]
+    assert list(drop_forbidden([(short,), group], Counter(), words=("openai",))) == [(short,)]
+    lengths = dict(max_tokens=40, count_tokens=lambda text: len(text.split()), lost_turns=Counter())
+    assert list(split_long([(short,), group], Counter(), **lengths)) == [(short,)]
 
 
 def test_error_pages_and_broken_lists_are_dropped_with_their_pair():
@@ -117,10 +179,11 @@ def test_other_languages_go_without_a_download(monkeypatch):
     )
     korean = talk("프랑스의 수도는 어디인가요?", "프랑스의 수도는 파리입니다. 센강에 있습니다.")
     short = talk("1+1?", "2")
+    given = with_input(short, " ".join(m["content"] for m in german.messages))
     counts: Counter[str] = Counter()
-    groups = [(c,) for c in (english, german, korean, short)]
+    groups = [(c,) for c in (english, german, korean, short, given)]
     assert list(drop_other_languages(groups, counts, keep=("en",))) == [(english,), (short,)]
-    assert counts == {"language de": 1, "language ko": 1}
+    assert counts == {"language de": 2, "language ko": 1}
 
 
 @pytest.mark.parametrize("seed", range(30))

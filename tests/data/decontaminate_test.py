@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from easylm_jax.data.decontaminate import drop_contaminated, index_prompts, read_prompts
-from tests.data.cleaning_test import pair, talk
+from tests.data.cleaning_test import pair, talk, with_input
 from tests.data.dedup_test import text
 
 LONG = "Name, in one sentence, the three largest of all the lakes that lie in southern Finland."
@@ -33,13 +33,14 @@ def test_a_planted_prompt_is_found_in_any_turn_case_and_spacing():
         (talk("Name, in one sentence, the three largest of all the lakes", "fine"),),  # 11 words
         (talk(SHORT.lower(), "Saimaa", id="short"),),
         (talk(f"Please. {SHORT}", "fine"),),  # short prompts only as a whole
+        (with_input(talk("Answer this:", "Saimaa", id="input"), LONG),),
     ]
     prompts = {"lakes": {"17": [LONG], "18": [SHORT]}, "other": {"1": ["Never asked"]}}
     kept, counts, hits = run(groups, prompts)
     assert kept == [groups[3], groups[5]]
-    assert counts == {"prompt of lakes": 5}
+    assert counts == {"prompt of lakes": 6}
     assert hits == {
-        "lakes": {"17": ["turn", "answer", "p:1/chosen", "p:1/rejected"], "18": ["short"]}
+        "lakes": {"17": ["turn", "answer", "p:1/chosen", "p:1/rejected", "input"], "18": ["short"]}
     }
     assert len(run(groups, prompts, ngram=8)[0]) == 1  # 11 words are now enough
 

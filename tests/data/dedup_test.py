@@ -1,5 +1,6 @@
 """Duplicates: the first stays, and compared answers never remove one another."""
 
+import dataclasses
 import random
 import sys
 from collections import Counter
@@ -7,8 +8,8 @@ from collections import Counter
 import pytest
 
 from easylm_jax.data.cleaning import clean_web_pages, drop_other_languages
-from easylm_jax.data.dedup import drop_duplicates, drop_near_duplicates
-from tests.data.cleaning_test import pair, talk
+from easylm_jax.data.dedup import LEAST_SIMILARITY, drop_duplicates, drop_near_duplicates
+from tests.data.cleaning_test import pair, talk, with_input
 
 WORDS = [f"{a}{b}" for a in "bcdfghklmnprst" for b in ("a", "en", "ilo", "or", "u")]
 
@@ -32,6 +33,27 @@ def test_what_counts_as_the_same():
         counts: Counter[str] = Counter()
         assert list(drop_duplicates(groups, counts, same=same)) == kept
         assert counts == {f"same {same}": 4 - len(kept)}
+
+
+def test_one_instruction_about_two_texts_is_no_duplicate():
+    rng = random.Random(3)
+    question, answer = talk("Sum this up.", "It is about words."), text(rng, 100)
+    one, two = (
+        (with_input(dataclasses.replace(question, id=id), " ".join(words)),)
+        for id, words in (("a", answer), ("b", text(rng, 100)))
+    )
+    again = (with_input(question, " ".join(answer).upper()),)
+    for same in ("question", "exchange", "conversation"):
+        assert list(drop_duplicates([one, two, again], Counter(), same=same)) == [one, two]
+    pytest.importorskip("rensa")
+    assert list(drop_near_duplicates([one, two, again], Counter(), threshold=0.8)) == [one, two]
+
+
+@pytest.mark.parametrize("threshold", [LEAST_SIMILARITY, 1.0])
+def test_thresholds_at_both_ends_work(threshold):
+    pytest.importorskip("rensa")
+    groups = [(talk("a b c d e", id=str(i)),) for i in range(2)]
+    assert list(drop_near_duplicates(groups, Counter(), threshold=threshold)) == groups[:1]
 
 
 def test_compared_answers_are_duplicates_only_of_an_equal_pair():

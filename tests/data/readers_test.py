@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from easylm_jax.data.conversation import find_pairs, prompt_key, to_json
+from easylm_jax.data.conversation import Conversation, find_pairs, prompt_key, to_json
 from easylm_jax.data.documents import BadLine
 from easylm_jax.data.readers import READERS, read_conversations, read_records
 
@@ -416,6 +416,20 @@ def test_what_is_written_is_read_again(tmp_path):
     written = [to_json(conversation) | {"source": "another"} for conversation in first]
     again, counts = _of(tmp_path, "messages", *written)
     assert again == [dataclasses.replace(c, source="another") for c in first] and counts == {}
+
+
+def test_null_is_none_as_in_a_table_of_what_is_written(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    judged, _ = _of(tmp_path, "hh", {"text": [HEAD + "1", HEAD + "2"], "score": [0.0, 1.0]})
+    plain, _ = _of(tmp_path, "alpaca", {"instruction": "i", "input": "x", "output": "o"})
+    table = pyarrow.Table.from_pylist([to_json(c) for c in [*judged, *plain]])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert _read(tmp_path / "a.parquet", "messages") == ([*judged, *plain], {})
+    nulls = dict.fromkeys(("id", "source", "pair", "quality", "score"))
+    (read,), _ = _of(tmp_path, "messages", nulls | {"messages": list(_turns("i", "o"))})
+    assert read == Conversation("x.jsonl:1", _turns("i", "o"), source="data")
 
 
 # ------------------------------------------------------------------------- published data sets
