@@ -70,7 +70,10 @@ class Chat:
         An answer that is interrupted counts as far as it went; a message that cannot be answered
         leaves the conversation as it was.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
+        question = {"role": "user", "content": text}
+        # Only the answer to come has its marker, as in training: what was asked of earlier ones
+        # stands in `messages` for the record.
+        asked = [{"role": m["role"], "content": m["content"]} for m in (*self.messages, question)]
         answer = ""
 
         def hear(piece: str) -> None:
@@ -84,8 +87,8 @@ class Chat:
         except KeyboardInterrupt:
             if not answer:
                 return
-        quality = {"quality": self._quality} if self._quality else {}  # as it was asked
-        self.messages = [*asked, {"role": "assistant", "content": answer.strip()} | quality]
+        quality = {"quality": self._quality} if self._quality else {}
+        self.messages += [question, {"role": "assistant", "content": answer.strip()} | quality]
 
     def command(self, line: str) -> str:
         """Obey a line that begins with a slash; what to tell about it."""

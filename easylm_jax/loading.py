@@ -26,6 +26,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from easylm_jax.array_types import Params
@@ -50,6 +51,7 @@ from easylm_jax.text.template import (
     with_markers,
 )
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
+from easylm_jax.tree import named_leaves
 from easylm_jax.workdir import read_config
 
 TEMPLATE = "template.json"
@@ -153,10 +155,12 @@ def of_foreign(foreign: Foreign) -> Opened:
 def target_params(config: LlamaConfig, mesh: Mesh) -> Params:
     """Shapes, types and shardings that the parameters shall have."""
     shapes = abstract_params(config)
+    return _placed(shapes, tree_shardings(shapes, mesh, PARAM_RULES))
+
+
+def _placed(shapes: Params, shardings: Params) -> Params:
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        tree_shardings(shapes, mesh, PARAM_RULES),
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )
 
 
@@ -274,9 +278,15 @@ def _restore(checkpoints: str, target: Params) -> Params:
 def _restore_merged(
     checkpoints: str, base: str, config: LlamaConfig, lora: LoraConfig, target: Params
 ) -> Params:
-    """The parameters of `base` with the adapters of a run merged into them."""
+    """The parameters of `base` with the adapters of a run merged into them, leaf by leaf.
+
+    The base is read in the run's own type, which decides what it is rounded to when quantised.
+    """
+    trained_beside = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype, sharding=x.sharding), target
+    )
     try:
-        params = params_for_training(base, target, config)
+        read = _one_by_one(base, trained_beside, config)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{checkpoints} holds adapters of the model {base}, which cannot be read ({error}): "
@@ -289,16 +299,65 @@ def _restore_merged(
         shardings = tree_shardings(shapes, where.mesh, PARAM_RULES)
     else:  # one device, as `convert.py` asks for
         shardings = jax.tree.map(lambda _: where, shapes)
-    adapters = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    return merge(params, _restore(checkpoints, adapters), lora)
+    adapters = _restore(checkpoints, _placed(shapes, shardings))
+    merged = {}
+    for name, leaf in named_leaves(target).items():
+        part = merge(read(name), adapters, lora, leaf.dtype)
+        merged[name] = jax.device_put(named_leaves(part)[name], leaf.sharding)
+        jax.block_until_ready(merged)  # or later leaves are read before the base's is freed
+    return unflatten_dict(merged, sep="/")
 
 
 def frozen_base(path: str, config: LlamaConfig, lora: LoraConfig, mesh: Mesh) -> Params:
-    """The parameters at `path` that adapters are trained beside, quantised if `lora` says so."""
-    params = params_for_training(path, target_params(config, mesh), config)
-    return params if lora.base == "full" else quantize_base(params, lora.base)
+    """The parameters at `path` that adapters are trained beside, quantised if `lora` says so.
+
+    Then a foreign model is read one kernel of one layer at a time, and beside what is finished no
+    more is held than that and the codes of a kernel of all layers. One of ours comes whole first.
+    """
+    if lora.base == "full":
+        return params_for_training(path, target_params(config, mesh), config)
+    is_ours = find_checkpoints(path) is not None
+    one_layer = config if is_ours else dataclasses.replace(config, scan_layers=False)
+    target = target_params(one_layer, mesh)
+    read, quantized = _one_by_one(path, target, config), {}
+    for name, leaf in named_leaves(target).items():
+        part = unflatten_dict({name: leaf}, sep="/")
+        shapes = jax.eval_shape(functools.partial(quantize_base, how=lora.base), part)
+        shardings = tree_shardings(shapes, mesh, PARAM_RULES)
+        quantized |= named_leaves(quantize_base(read(name), lora.base, shardings))
+        jax.block_until_ready(quantized)  # or later leaves are read before this one is freed
+    if config.scan_layers and not is_ours:
+        quantized = _stack_layers(quantized, config.num_layers, mesh)
+    return unflatten_dict(quantized, sep="/")
+
+
+def _stack_layers(
+    leaves: dict[str, jax.Array], num_layers: int, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """`leaves`, which it uses up, with those of all layers as one."""
+    first = [name for name in leaves if name.startswith("layers_0/")]
+    for name in first:
+        rest = name.removeprefix("layers_0/")
+        layers = [leaves.pop(f"layers_{i}/{rest}") for i in range(num_layers)]
+        stacked = jax.eval_shape(jnp.stack, layers)
+        place = tree_shardings({f"layers/{rest}": stacked}, mesh, PARAM_RULES)
+        leaves[f"layers/{rest}"] = jax.jit(jnp.stack, out_shardings=place[f"layers/{rest}"])(layers)
+        jax.block_until_ready(leaves[f"layers/{rest}"])
+    return leaves
+
+
+def _one_by_one(path: str, target: Params, config: LlamaConfig) -> Callable[[str], Params]:
+    """`read(name)`, to be called once for each leaf, gives a tree of that parameter alone.
+
+    A foreign model is read as it is asked for. One of ours is read here and handed out.
+    """
+    if find_checkpoints(path):
+        whole = named_leaves(params_for_training(path, target, config))
+        return lambda name: unflatten_dict({name: whole.pop(name)}, sep="/")
+    foreign = _open(path, config=config)
+    check_same_model(foreign.config, config, path)
+    leaves = named_leaves(target)
+    return lambda name: import_params(foreign, unflatten_dict({name: leaves[name]}, sep="/"))
 
 
 def params_for_training(path: str, abstract_params: Params, config: LlamaConfig) -> Params:

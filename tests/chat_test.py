@@ -138,9 +138,9 @@ def test_quality_is_that_of_the_answers_to_come():
     lines = ["one", "/quality bad", "two", "/quality", "three", "/quality best"]
     chat, lm, _, told = _talk(lines, template="koala")
     one = "BEGINNING OF CONVERSATION: USER: one GPT:"
-    two = "You said one.USER: two An Unhelpful Answer:"
-    three = "You said two.USER: three GPT:"
-    assert lm.prompts == [one, one + two, one + two + three]
+    two = one + "You said one.USER: two"
+    three = two + " GPT:You said two.USER: three GPT:"  # training never marks an earlier answer
+    assert lm.prompts == [one, two + " An Unhelpful Answer:", three]
     assert "no marker for the quality 'best'" in told[2]
     qualities = [m.get("quality") for m in chat.messages if m["role"] == "assistant"]
     assert qualities == [None, "bad", None]

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easylm_jax import loading
+from easylm_jax.checkpoint import restore_params
 from easylm_jax.convert import write_native
 from easylm_jax.data.finetuning import ChatConfig
 from easylm_jax.formats.easylm import write_easylm
-from easylm_jax.formats.foreign import Model, foreign_tensors
+from easylm_jax.formats.foreign import Model, foreign_tensors, import_params
 from easylm_jax.formats.gguf import write_gguf
 from easylm_jax.formats.hf import write_hf
 from easylm_jax.formats.meta import write_meta
@@ -25,6 +27,7 @@ from easylm_jax.loading import (
     find_chat_template,
     find_format,
     find_tokenizer,
+    frozen_base,
     load,
     open_foreign,
     open_model,
@@ -34,14 +37,17 @@ from easylm_jax.loading import (
     training_template,
 )
 from easylm_jax.mesh import make_mesh
-from easylm_jax.models.llama import Llama, RopeScaling, init_params, output_logits
+from easylm_jax.models.llama import PARAM_RULES, Llama, RopeScaling, init_params, output_logits
+from easylm_jax.models.lora import LoraConfig, init_adapters
 from easylm_jax.models.presets import PRESETS
+from easylm_jax.models.quantized import dequantize, quantize_base
 from easylm_jax.preflight import check_same_model
+from easylm_jax.sharding import tree_shardings
 from easylm_jax.text.jinja_template import JinjaTemplate
 from easylm_jax.text.template import find_template, with_markers
 from easylm_jax.text.tokenizer import ByteTokenizer, train_sentencepiece
 from easylm_jax.tree import named_leaves
-from tests.tiny import tiny_config
+from tests.tiny import assert_close, tiny_config
 
 CONFIG = tiny_config(vocab_size=264)
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -187,6 +193,107 @@ def test_what_the_model_does_not_depend_on_may_differ(tmp_path):
     path = write("gguf", random_model(), tmp_path)
     asked = dataclasses.replace(CONFIG, remat="full", dtype="bfloat16", max_seq_len=32)
     params_for_training(path, target_params(asked, make_mesh("1,-1,1,1")), asked)
+
+
+# Adapters beside it
+
+
+def adapters_run(folder: Path, config, lora: LoraConfig) -> str:
+    """A run of adapters, none of them zero, whose base is a file of random parameters."""
+    base = folder / "base"
+    write_hf(random_model(CONFIG), str(base), dtype="float32")
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    adapters = init_adapters(shapes, lora, jax.random.key(2))
+    keys = iter(jax.random.split(jax.random.key(3), 99))
+    adapters = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(keys), x.shape), adapters)
+    write_native(Model(config, adapters), str(folder / "run"))
+    file = folder / "run" / "config.json"
+    saved = json.loads(file.read_text())
+    saved |= {"init_from": str(base), "lora": dataclasses.asdict(lora)}
+    file.write_text(json.dumps(saved))
+    return str(folder / "run")
+
+
+@pytest.mark.parametrize(
+    "base, param_dtype",
+    [
+        ("nf4", "float32"),
+        pytest.param("nf4", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("full", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_are_merged_into_what_they_were_trained_beside(base, param_dtype, tmp_path):
+    """In whatever type they are asked for, and then rounded once."""
+    config = dataclasses.replace(CONFIG, param_dtype=param_dtype)
+    lora = LoraConfig(rank=4, alpha=6.0, base=base, targets=("q", "up", "down"))
+    run = adapters_run(tmp_path, config, lora)
+    mesh = make_mesh("1,4,1,2")
+    frozen = named_leaves(frozen_base(str(tmp_path / "base"), config, lora, mesh))
+    adapters = named_leaves(restored_adapters(run, config, lora))
+    whole, rounded = (load(run, mesh=mesh, dtype=dtype).params for dtype in ("float32", "bfloat16"))
+    merged = named_leaves(whole)
+    for path, kernel in plain_kernels(frozen, base).items():
+        if f"{path}/lora_a" in adapters:
+            a, b = (np.asarray(adapters[f"{path}/{x}"], np.float64) for x in ("lora_a", "lora_b"))
+            kernel = kernel + 1.5 * np.einsum("lir,lro->lio", a, b)
+        for layer in range(CONFIG.num_layers):
+            name = f"{path.replace('layers/', f'layers_{layer}/')}/kernel"
+            assert_close(merged[name], kernel[layer], rtol=1e-6)
+    assert same_bits(rounded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole))
+    rules = tree_shardings(whole, mesh, PARAM_RULES)
+    assert jax.tree.map(lambda x: x.sharding, whole) == rules
+
+
+def restored_adapters(run: str, config, lora: LoraConfig):
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(init_adapters, shapes, lora), jax.random.key(0))
+    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return restore_params(
+        f"{run}/checkpoints",
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes),
+    )
+
+
+def plain_kernels(frozen, base: str) -> dict[str, np.ndarray]:
+    """Path of each linear layer of the blocks -> its kernel, dequantised."""
+    last = "kernel" if base == "full" else base
+    paths = [n.removesuffix(f"/{last}") for n in frozen if n.endswith(last) and "layers" in n]
+    if base == "full":
+        return {path: np.asarray(frozen[f"{path}/kernel"], np.float64) for path in paths}
+    return {
+        path: np.asarray(
+            dequantize({n: frozen[f"{path}/{n}"] for n in (base, "absmax")}, jnp.float32),
+            np.float64,
+        )
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_quantised_base_is_read_a_layer_at_a_time_and_lies_as_the_rules_say(
+    scan_layers, tmp_path, monkeypatch
+):
+    config, mesh = dataclasses.replace(CONFIG, scan_layers=scan_layers), make_mesh("1,4,1,2")
+    path, lora = write("hf", random_model(), tmp_path), LoraConfig(base="nf4")
+    asked = []
+
+    def watched(foreign, target):
+        asked.append(named_leaves(target))
+        return import_params(foreign, target)
+
+    monkeypatch.setattr(loading, "import_params", watched)
+    frozen = frozen_base(path, config, lora, mesh)
+    assert all(len(leaves) == 1 for leaves in asked)
+    assert {leaf.ndim for leaves in asked for leaf in leaves.values()} == {1, 2}
+    target = target_params(config, mesh)
+    assert same_bits(frozen, quantize_base(params_for_training(path, target, config), "nf4"))
+    rules = named_leaves(tree_shardings(frozen, mesh, PARAM_RULES))
+    assert {n: x.sharding for n, x in named_leaves(frozen).items()} == rules
+    write_native(random_model(config), str(tmp_path / "ours"))
+    ours = frozen_base(str(tmp_path / "ours"), config, lora, mesh)
+    assert {n: x.sharding for n, x in named_leaves(ours).items()} == rules
+    if scan_layers:  # with the same random parameters, that is
+        assert same_bits(ours, frozen)
 
 
 # Tokenizers

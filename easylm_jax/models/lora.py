@@ -15,16 +15,18 @@ import difflib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.typing import DTypeLike
 
 from easylm_jax.array_types import Params, PRNGKey
 from easylm_jax.models.llama import LlamaConfig, init_params
-from easylm_jax.models.quantized import CODES, dequantize_base, quantize_base
-from easylm_jax.tree import matches, named_leaves
+from easylm_jax.models.quantized import CODES, KERNEL, dequantize, quantize
+from easylm_jax.tree import map_named, matches, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def target_shapes(base_shapes: Params, config: LoraConfig) -> dict[str, tuple[in
     linears = {
         name.removesuffix("/kernel"): leaf.shape
         for name, leaf in named_leaves(base_shapes).items()
-        if matches(r"^layers.*/kernel$", name)
+        if matches(KERNEL, name)
     }
     patterns = {target: rf"(^|/)({target})$" for target in config.targets}
     for target, pattern in patterns.items():
@@ -101,11 +103,12 @@ def combine(base: Params, adapters: Params, config: LoraConfig) -> Params:
     return unflatten_dict(flatten_dict(base, sep="/") | scaled, sep="/")
 
 
-def merge(base: Params, adapters: Params, config: LoraConfig) -> Params:
-    """Plain parameters, of the base's types, with kernel + scale * A B in place of each kernel.
+def merge(base: Params, adapters: Params, config: LoraConfig, dtype: DTypeLike) -> Params:
+    """Plain parameters of type `dtype`: kernel + scale * A B in place of each kernel.
 
-    Summed in float32. `base` is the plain one that the run started from; if the run quantised it,
-    the same is done here first, because the adapters were fitted to what was left of it.
+    Summed in float32, one layer at a time. `base`, all of the model or a part of it, is the plain
+    one that the run started from, in the type that it had there; if the run quantised it, the same
+    is done here first, because the adapters were fitted to what was left of it.
 
     Raises:
       ValueError: `base` is quantised; a merged kernel would have to be rounded again.
@@ -116,22 +119,31 @@ def merge(base: Params, adapters: Params, config: LoraConfig) -> Params:
             f"merging into a quantised kernel ({quantized[0]}) would round the adapters away; "
             "merge into the plain parameters that it was made of"
         )
-    trained_on = base
+    beside = named_leaves(adapters)
+
+    def merged(name: str, leaf: Array) -> Array:
+        if not matches(KERNEL, name):
+            return leaf.astype(dtype)
+        path = name.removesuffix("kernel")
+        a, b = (beside.get(f"{path}{part}") for part in ("lora_a", "lora_b"))
+        return _merge_kernel(leaf, a, b, config=config, dtype=dtype)
+
+    return map_named(merged, base)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _merge_kernel(
+    kernel: Array, a: Array | None, b: Array | None, *, config: LoraConfig, dtype: DTypeLike
+) -> Array:
+    merge_one = functools.partial(_merge_kernel, config=config, dtype=dtype)
+    if kernel.ndim > 2:
+        return jax.lax.map(lambda layer: merge_one(*layer), (kernel, a, b))
     if config.base != "full":
-        trained_on = dequantize_base(quantize_base(base, config.base))
-
-    def merged(tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        if "lora_a" not in tree:
-            return {name: merged(sub) for name, sub in tree.items()}
-        a, b = tree["lora_a"], tree["lora_b"]
-        product = jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
-        rest = {name: leaf for name, leaf in tree.items() if name not in ("lora_a", "lora_b")}
-        return rest | {"kernel": tree["kernel"].astype(jnp.float32) + product}
-
-    new = merged(combine(trained_on, adapters, config))
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), new, base)
+        kernel = dequantize(quantize(kernel, config.base), jnp.float32)
+    kernel = kernel.astype(jnp.float32)
+    if a is not None:
+        kernel += jnp.matmul(a, b * config.scale, precision="highest")
+    return kernel.astype(dtype)
 
 
 def trainable(

@@ -5,10 +5,13 @@ A quantised kernel is two leaves in place of "kernel", named by the format: {"nf
 layers one layer at a time is whole. Four-bit types of JAX are packed, two numbers to a byte, on all
 backends; `nbytes` does not know it.
 
+Kernels are quantised one layer at a time, so that no more than one layer is ever in float32.
+
 What it is not: quantised arithmetic, or a way to train what is quantised. QLoRA's second
 quantisation, of the scales, is left out: it would save 0.37 of 4.5 bits.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -21,10 +24,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from easylm_jax.array_types import Params
-from easylm_jax.tree import matches
+from easylm_jax.tree import matches, named_leaves
 
 Format = Literal["nf4", "int4", "int8"]
 BLOCK = 64  # weights of one output that share a scale, as in QLoRA
+KERNEL = r"^layers.*/kernel$"  # what is quantised: the linear layers of the blocks
 
 # NormalFloat: quantiles of the normal distribution, with 0 and both ends exact (appendix E).
 NF4_LEVELS = (
@@ -42,9 +46,11 @@ def quantize(kernel: Float[Array, "*L D F"], how: Format) -> dict[str, Array]:
 
     Blocks run along the input dim, `BLOCK` long or the largest part of it that divides.
     """
-    *lead, D, F = kernel.shape
+    if kernel.ndim > 2:
+        return jax.lax.map(functools.partial(quantize, how=how), kernel)
+    D, F = kernel.shape
     block = math.gcd(D, BLOCK)
-    blocks = kernel.astype(jnp.float32).reshape(*lead, D // block, block, F)
+    blocks = kernel.astype(jnp.float32).reshape(D // block, block, F)
     absmax = jnp.abs(blocks).max(-2)
     unit = blocks / jnp.where(absmax == 0, 1.0, absmax)[..., None, :]
     dtype, largest = CODES[how]
@@ -62,39 +68,42 @@ def is_quantized(leaves: Params) -> bool:
 
 
 def dequantize(leaves: Params, dtype: DTypeLike) -> Float[Array, "*L D F"]:
-    """The kernel that quantised leaves stand for."""
+    """The kernel that quantised leaves stand for.
+
+    Codes are not cut into blocks but scales spread over them, as a device's part of the codes need
+    not be whole blocks.
+    """
     how = next(name for name in CODES if name in leaves)
     codes, absmax = leaves[how], leaves["absmax"]
-    *lead, D, F = codes.shape
+    *lead, num_blocks, F = absmax.shape
     if how == "nf4":
         unit = jnp.asarray(NF4_LEVELS, jnp.float32)[codes.astype(jnp.int32)]
     else:
         unit = codes.astype(jnp.float32) / CODES[how][1]
-    blocks = unit.reshape(*lead, absmax.shape[-2], -1, F) * absmax[..., None, :]
-    return blocks.astype(dtype).reshape(codes.shape)
+    block = codes.shape[-2] // num_blocks
+    spread = jnp.broadcast_to(absmax[..., None, :], (*lead, num_blocks, block, F))
+    return (unit * spread.reshape(codes.shape)).astype(dtype)
 
 
-def quantize_base(params: Params, how: Format) -> Params:
+def quantize_base(params: Params, how: Format, shardings: Params | None = None) -> Params:
     """`params` with the kernels of all linear layers of the blocks quantised, as QLoRA does.
 
-    Embedding, head and norms stay as they are.
+    Embedding, head and norms stay as they are. `shardings`, a tree like the result, says where the
+    codes and scales shall lie.
     """
+    places = flatten_dict(shardings or {}, sep="/")
     flat = {}
     for name, leaf in flatten_dict(params, sep="/").items():
-        if matches(r"^layers.*/kernel$", name):
-            quantized = jax.jit(quantize, static_argnums=1)(leaf, how)
-            flat |= {name.removesuffix("kernel") + part: x for part, x in quantized.items()}
+        if matches(KERNEL, name):
+            path = name.removesuffix("kernel")
+            place = {part: places.get(path + part) for part in (how, "absmax")}
+            quantized = jax.jit(quantize, static_argnums=1, out_shardings=place)(leaf, how)
+            flat |= {path + part: x for part, x in quantized.items()}
         else:
             flat[name] = leaf
     return unflatten_dict(flat, sep="/")
 
 
-def dequantize_base(params: Params, dtype: DTypeLike = jnp.float32) -> Params:
-    """`params` with plain kernels of type `dtype` where they were quantised."""
-    if not is_quantized(params):
-        return {
-            name: dequantize_base(leaf, dtype) if isinstance(leaf, dict) else leaf
-            for name, leaf in params.items()
-        }
-    rest = {name: leaf for name, leaf in params.items() if name not in (*CODES, "absmax")}
-    return rest | {"kernel": dequantize(params, dtype)}
+def num_parameters(params: Params) -> int:
+    """How many numbers `params` hold, the scales of quantised kernels not counted."""
+    return sum(leaf.size for name, leaf in named_leaves(params).items() if "absmax" not in name)

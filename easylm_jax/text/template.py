@@ -110,16 +110,19 @@ def _check_order(
 
 def _check_quality(template: ChatTemplate, quality: str) -> None:
     if quality and not template.markers:
-        having = [name for name, other in TEMPLATES.items() if other.markers]
         raise ValueError(
             f"template {template.name!r} has no marker for answers of the quality {quality!r}: "
-            f"choose a template that has, such as {', '.join(having)}"
+            f"choose a template that has, such as {_with_markers()}"
         )
     if template.markers and quality not in dict(template.markers):
         raise ValueError(
             f"template {template.name!r} has no marker for the quality {quality!r}: expected one "
             f"of {', '.join(map(repr, dict(template.markers)))}"
         )
+
+
+def _with_markers() -> str:
+    return ", ".join(name for name, template in TEMPLATES.items() if template.markers)
 
 
 def _place_input(template: ChatTemplate, message: Message) -> dict[str, str]:
@@ -264,6 +267,11 @@ class Template:
 
 def with_markers(template: Template, markers: Mapping[str, str]) -> Template:
     """The template with other markers for some qualities, also where it stops at one."""
+    if not template.markers:
+        raise ValueError(
+            f"template {template.name!r} has no marker to change: choose one that has, such as "
+            f"{_with_markers()}"
+        )
     for quality in markers:
         _check_quality(template, quality)
     old = dict(template.markers)
@@ -475,12 +483,17 @@ def template_to_json(template: Template) -> dict[str, Any]:
 
 
 def template_from_json(fields: Mapping[str, Any]) -> Template:
-    """Raises ValueError where a field is unknown, missing or not what a template has there."""
-    form = template_to_json(TEMPLATES["plain"])
-    if wrong := sorted(form.keys() ^ fields.keys()):
+    """The template; fields that have a default may be missing, as in files of earlier versions.
+
+    Raises ValueError where another is missing, a field is unknown or not what a template has there.
+    """
+    required = {f.name for f in dataclasses.fields(Template) if f.default is dataclasses.MISSING}
+    form = template_to_json(Template(**dict.fromkeys(required, "")))
+    if wrong := sorted((required - fields.keys()) | (fields.keys() - form.keys())):
         raise ValueError(
             f"a template has the fields {', '.join(form)}; unknown or missing: {', '.join(wrong)}"
         )
+    fields = form | dict(fields)
     for name, value in fields.items():
         right = type(value) is type(form[name])
         if right and isinstance(value, dict | list):
@@ -500,4 +513,4 @@ def template_from_json(fields: Mapping[str, Any]) -> Template:
             if place not in fields[name]:
                 raise ValueError(f"{name} is {fields[name]!r}: expected {place} somewhere in it")
     markers, stop = tuple(fields["markers"].items()), tuple(fields["stop"])
-    return Template(**dict(fields) | {"markers": markers, "stop": stop})
+    return Template(**fields | {"markers": markers, "stop": stop})

@@ -201,24 +201,30 @@ def test_merged_equals_unmerged(how):
     base, adapters, batch = tiny_params(), trained(config), tiny_batch()
     trained_on = base if how == "full" else quantize_base(base, how)
     expected = logits_of(combine(trained_on, adapters, config), batch)
-    merged = merge(base, adapters, config)
+    merged = merge(base, adapters, config, jnp.float32)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     assert_close(logits_of(merged, batch), expected, rtol=1e-5)
     if how != "full":
-        other = merge(base, adapters, LoraConfig(rank=4, alpha=6.0))  # on what it was not fitted to
+        plain = LoraConfig(rank=4, alpha=6.0)
+        other = merge(base, adapters, plain, jnp.float32)  # on what it was not fitted to
         assert np.abs(logits_of(other, batch) - expected).max() > 1e-2
         with pytest.raises(ValueError, match=rf"merging into a quantised kernel \(.*/{how}\)"):
-            merge(trained_on, adapters, config)
+            merge(trained_on, adapters, config, jnp.float32)
 
 
-def test_merging_keeps_the_types_of_the_base_and_rounds_once():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_rounds_once(dtype):
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params())
-    merged = merge(base, trained(), LORA)
-    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
+    merged = merge(base, trained(), LORA, dtype)
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
     adapter = trained()["layers"]["mlp"]["up"]
     a, b, kernel = adapter["lora_a"], adapter["lora_b"], base["layers"]["mlp"]["up"]["kernel"]
     exact = np.float64(kernel) + 1.5 * np.einsum("lir,lro->lio", np.float64(a), np.float64(b))
-    assert (merged["layers"]["mlp"]["up"]["kernel"] == exact.astype(jnp.bfloat16)).mean() > 0.999
+    got = merged["layers"]["mlp"]["up"]["kernel"]
+    if dtype == "float32":
+        assert_close(got, exact, rtol=1e-6)
+    else:
+        assert (got == exact.astype(dtype)).mean() > 0.999
 
 
 @pytest.mark.parametrize("how", ["full", "nf4"])

@@ -297,8 +297,9 @@ def test_markers_are_set_by_name():
     assert changed.hash != find_template("hindsight").hash
     with pytest.raises(ValueError, match="no marker for the quality 'fair'"):
         with_markers(changed, {"fair": "An answer:"})
-    with pytest.raises(ValueError, match="'vicuna' has no marker .* such as koala, hindsight"):
-        with_markers(find_template("vicuna"), {"good": "An answer:"})
+    for quality in ("good", ""):
+        with pytest.raises(ValueError, match="'vicuna' has no marker .* such as koala, hindsight"):
+            with_markers(find_template("vicuna"), {quality: "An answer:"})
 
 
 # ---- which tokens have loss ---------------------------------------------------------------------
@@ -400,6 +401,21 @@ def test_a_template_in_a_file_is_the_same_and_any_change_of_it_another(name, tmp
             changed["answer_opening"] = fields["answer_opening"] or "{marker}"
         hashes.add(dataclasses.replace(template, **_as_fields(changed)).hash)
     assert len(hashes) == 1 + len(fields)
+
+
+def test_fields_with_a_default_may_be_missing_as_in_files_of_earlier_versions():
+    template, own = find_template("koala"), ("answer_joined", "markers", "stop")
+    fields = template_to_json(template)
+    for field in dataclasses.fields(template):
+        less = {name: value for name, value in fields.items() if name != field.name}
+        if field.default is dataclasses.MISSING:
+            with pytest.raises(ValueError, match=f"unknown or missing: {field.name}$"):
+                template_from_json(less)
+        elif field.name not in own:
+            assert template_from_json(less).hash == template.hash
+        elif field.name != "markers":  # without which koala's `{marker}` has no meaning
+            default = dataclasses.replace(template, **{field.name: field.default})
+            assert template_from_json(less) == default
 
 
 def _as_fields(fields):
