@@ -2,7 +2,10 @@
 
 Source:    Xu et al. 2023, arXiv:2304.01196; project-baize/baize-chatbot (finetune.py)
 Purpose:   LLaMA `7b`, `13b` or `33b` (their "30B"), adapters alone
-Hardware:  about 1 byte per parameter, and activations
+Hardware:  the base takes 7.4, 14.1 or 35.0 GB, adapters with gradients and moments 0.3, 0.5 or
+           1.0, and activations come on top. A foreign file is quantised layer by layer, with at
+           most the codes of one kernel of all layers (1.4 to 7.2 GB) beside; a base in our own
+           format is first read whole, 2 bytes per parameter
 Data:      quora_chat_data.json, stackoverflow_chat_data.json and alpaca_chat_data.json of that
            repository, as published (reader "baize"); medical_chat_data.json is for its healthcare
            model. Written by ChatGPT; see the repository for the licence
@@ -33,7 +36,8 @@ def get_config(size: str = "7b"):
         raise ValueError(f"{size!r} is not one of {', '.join(LEARNING_RATE)}")
     config = as_config_dict(
         TrainConfig(
-            model=preset(f"llama_{size}", dtype="bfloat16"),
+            # float16, as LLaMA was published, loses nothing before it is quantised.
+            model=preset(f"llama_{size}", dtype="bfloat16", param_dtype="float16"),
             init_from="PATH",
             tokenizer="PATH",
             data=DataConfig(

@@ -3,8 +3,12 @@
 Source:    Dettmers et al. 2023, arXiv:2305.14314, section 5 and appendix B; artidoro/qlora
            (scripts/finetune_guanaco_7b.sh and its like)
 Purpose:   LLaMA `7b`, `13b`, `33b` or `65b`, adapters alone
-Hardware:  theirs one GPU, of 24 GB for 33b and of 48 GB for 65b (24 hours); here about 0.6 bytes
-           per parameter, and activations
+Hardware:  theirs one GPU, of 24 GB for 33b and of 48 GB for 65b (24 hours). Here the base takes
+           4.2, 7.8, 18.9 or 37.5 GB, adapters in float32 with gradients and moments 2.6, 4.0, 7.8
+           or 12.8, and activations come on top: 33b needs more than 24 GB and 65b more than 48.
+           A foreign file is quantised layer by layer, with at most the codes of one kernel of all
+           layers (0.7 to 7.2 GB) beside; a base in our own format is first read whole, 2 bytes
+           per parameter
 Data:      2023-04-12_oasst_ready.trees.jsonl.gz of OpenAssistant/oasst1, Apache-2.0, unpacked.
            The reader "oasst_best" takes the reply ranked first at each level; the authors' file,
            openassistant-guanaco, has 9,846 conversations
@@ -36,7 +40,13 @@ def get_config(size: str = "7b"):
     lr, dropout = SIZES[size]
     config = as_config_dict(
         TrainConfig(
-            model=preset(f"llama_{size}", dtype="bfloat16", remat="linear_outputs_and_attention"),
+            # The scripts, too, quantise what they have read in bfloat16 (--bf16).
+            model=preset(
+                f"llama_{size}",
+                dtype="bfloat16",
+                param_dtype="bfloat16",
+                remat="linear_outputs_and_attention",
+            ),
             init_from="PATH",
             tokenizer="PATH",
             data=DataConfig(

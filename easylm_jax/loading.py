@@ -21,7 +21,7 @@ import json
 import math
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ from easylm_jax.text.template import (
     with_markers,
 )
 from easylm_jax.text.tokenizer import Tokenizer, load_tokenizer
-from easylm_jax.tree import named_leaves
+from easylm_jax.tree import map_named, named_leaves
 from easylm_jax.workdir import read_config
 
 TEMPLATE = "template.json"
@@ -286,7 +286,7 @@ def _restore_merged(
         lambda x: jax.ShapeDtypeStruct(x.shape, config.param_dtype, sharding=x.sharding), target
     )
     try:
-        read = _one_by_one(base, trained_beside, config)
+        read = _reader(base, trained_beside, config)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{checkpoints} holds adapters of the model {base}, which cannot be read ({error}): "
@@ -300,32 +300,31 @@ def _restore_merged(
     else:  # one device, as `convert.py` asks for
         shardings = jax.tree.map(lambda _: where, shapes)
     adapters = _restore(checkpoints, _placed(shapes, shardings))
-    merged = {}
-    for name, leaf in named_leaves(target).items():
-        part = merge(read(name), adapters, lora, leaf.dtype)
-        merged[name] = jax.device_put(named_leaves(part)[name], leaf.sharding)
-        jax.block_until_ready(merged)  # or later leaves are read before the base's is freed
+    dtype, merged = jax.tree.leaves(target)[0].dtype, {}
+    for part in _parts(trained_beside):
+        places = jax.tree.map(lambda x: x.sharding, part)
+        new = jax.device_put(merge(read(part), adapters, lora, dtype), places)
+        merged |= named_leaves(jax.block_until_ready(new))  # so that this part of the base is freed
     return unflatten_dict(merged, sep="/")
 
 
 def frozen_base(path: str, config: LlamaConfig, lora: LoraConfig, mesh: Mesh) -> Params:
     """The parameters at `path` that adapters are trained beside, quantised if `lora` says so.
 
-    Then a foreign model is read one kernel of one layer at a time, and beside what is finished no
-    more is held than that and the codes of a kernel of all layers. One of ours comes whole first.
+    Then a foreign model is read layer by layer, and beside what is finished no more is held than a
+    layer, or the codes of one kernel of all layers. One of ours comes whole first.
     """
     if lora.base == "full":
         return params_for_training(path, target_params(config, mesh), config)
     is_ours = find_checkpoints(path) is not None
     one_layer = config if is_ours else dataclasses.replace(config, scan_layers=False)
     target = target_params(one_layer, mesh)
-    read, quantized = _one_by_one(path, target, config), {}
-    for name, leaf in named_leaves(target).items():
-        part = unflatten_dict({name: leaf}, sep="/")
+    read, quantized = _reader(path, target, config), {}
+    for part in _parts(target):
         shapes = jax.eval_shape(functools.partial(quantize_base, how=lora.base), part)
         shardings = tree_shardings(shapes, mesh, PARAM_RULES)
-        quantized |= named_leaves(quantize_base(read(name), lora.base, shardings))
-        jax.block_until_ready(quantized)  # or later leaves are read before this one is freed
+        new = quantize_base(read(part), lora.base, shardings)
+        quantized |= named_leaves(jax.block_until_ready(new))  # so that the part read is freed
     if config.scan_layers and not is_ours:
         quantized = _stack_layers(quantized, config.num_layers, mesh)
     return unflatten_dict(quantized, sep="/")
@@ -346,18 +345,27 @@ def _stack_layers(
     return leaves
 
 
-def _one_by_one(path: str, target: Params, config: LlamaConfig) -> Callable[[str], Params]:
-    """`read(name)`, to be called once for each leaf, gives a tree of that parameter alone.
+def _parts(target: Params) -> Iterator[Params]:
+    """`target` in pieces: a layer each, or a parameter of all layers where they are stacked."""
+    for key, tree in target.items():
+        if key != "layers":
+            yield {key: tree}
+            continue
+        for name, leaf in named_leaves({key: tree}).items():
+            yield unflatten_dict({name: leaf}, sep="/")
 
-    A foreign model is read as it is asked for. One of ours is read here and handed out.
+
+def _reader(path: str, target: Params, config: LlamaConfig) -> Callable[[Params], Params]:
+    """`read(part)`, to be called once for each of the `_parts` of `target`.
+
+    A foreign model is read as it is asked for. One of ours is read here, and handed out.
     """
     if find_checkpoints(path):
         whole = named_leaves(params_for_training(path, target, config))
-        return lambda name: unflatten_dict({name: whole.pop(name)}, sep="/")
+        return functools.partial(map_named, lambda name, _: whole.pop(name))
     foreign = _open(path, config=config)
     check_same_model(foreign.config, config, path)
-    leaves = named_leaves(target)
-    return lambda name: import_params(foreign, unflatten_dict({name: leaves[name]}, sep="/"))
+    return functools.partial(import_params, foreign)
 
 
 def params_for_training(path: str, abstract_params: Params, config: LlamaConfig) -> Params:

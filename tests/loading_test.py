@@ -240,8 +240,8 @@ def test_adapters_are_merged_into_what_they_were_trained_beside(base, param_dtyp
             name = f"{path.replace('layers/', f'layers_{layer}/')}/kernel"
             assert_close(merged[name], kernel[layer], rtol=1e-6)
     assert same_bits(rounded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole))
-    rules = tree_shardings(whole, mesh, PARAM_RULES)
-    assert jax.tree.map(lambda x: x.sharding, whole) == rules
+    for name, rule in named_leaves(tree_shardings(whole, mesh, PARAM_RULES)).items():
+        assert merged[name].sharding.is_equivalent_to(rule, merged[name].ndim)
 
 
 def restored_adapters(run: str, config, lora: LoraConfig):
@@ -283,8 +283,8 @@ def test_a_quantised_base_is_read_a_layer_at_a_time_and_lies_as_the_rules_say(
 
     monkeypatch.setattr(loading, "import_params", watched)
     frozen = frozen_base(path, config, lora, mesh)
-    assert all(len(leaves) == 1 for leaves in asked)
     assert {leaf.ndim for leaves in asked for leaf in leaves.values()} == {1, 2}
+    assert all(len({name.split("/")[0] for name in leaves}) == 1 for leaves in asked)
     target = target_params(config, mesh)
     assert same_bits(frozen, quantize_base(params_for_training(path, target, config), "nf4"))
     rules = named_leaves(tree_shardings(frozen, mesh, PARAM_RULES))

@@ -1,14 +1,26 @@
 """Kernels in 4 and 8 bits: levels, error, and the linear layer that reads them."""
 
+import functools
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easylm_jax.mesh import make_mesh
 from easylm_jax.models.linear import Linear
-from easylm_jax.models.quantized import NF4_LEVELS, dequantize, quantize, quantize_base
-from easylm_jax.tree import named_leaves
+from easylm_jax.models.llama import PARAM_RULES
+from easylm_jax.models.quantized import (
+    NF4_LEVELS,
+    dequantize,
+    num_parameters,
+    quantize,
+    quantize_base,
+)
+from easylm_jax.sharding import tree_shardings
+from easylm_jax.tree import named_leaves, num_elements
 from tests.tiny import assert_close, tiny_params
 
 LEVELS = {
@@ -89,6 +101,32 @@ def test_a_linear_layer_computes_with_the_dequantised_kernel(how):
     jax.tree.map(np.testing.assert_array_equal, value_and_dx(leaves), expected)
 
 
+def test_codes_are_split_where_blocks_are_not_and_dequantised_without_gathering_them():
+    """Two devices have 24 of 48 rows each, and blocks are of 16."""
+    mesh, how = make_mesh("1,4,1,2"), "nf4"
+    plain = {"layers_0": {"mlp": {"down": {"kernel": draw((1, 192, 24))[0, :48]}}}}
+    plain = jax.device_put(plain, tree_shardings(plain, mesh, PARAM_RULES))
+    shapes = jax.eval_shape(functools.partial(quantize_base, how=how), plain)
+    places = tree_shardings(shapes, mesh, PARAM_RULES)
+    leaves = quantize_base(plain, how, places)["layers_0"]["mlp"]["down"]
+    shards = {name: x.addressable_shards[0].data.shape for name, x in leaves.items()}
+    assert shards == {"nf4": (48 // 2, 24 // 4), "absmax": (3, 24 // 4)}
+    alone = quantize(draw((1, 192, 24))[0, :48], how)
+    jax.tree.map(np.testing.assert_array_equal, leaves, alone)
+    out = plain["layers_0"]["mlp"]["down"]["kernel"].sharding
+    whole = jax.jit(functools.partial(dequantize, dtype=jnp.float32), out_shardings=out)
+    program = whole.lower(leaves).compile().as_text()
+    assert not re.search(r"all-gather|all-to-all|collective-permute", program)
+    np.testing.assert_array_equal(whole(leaves), dequantize(alone, jnp.float32))
+
+
+@FORMATS
+def test_no_more_than_a_layer_is_in_float32_at_once(how):
+    kernel = jax.ShapeDtypeStruct((16, 192, 64), jnp.float32)  # XLA on CPU widens all of bfloat16
+    compiled = jax.jit(quantize, static_argnums=1).lower(kernel, how).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * 192 * 64
+
+
 def test_the_kernels_of_the_layers_are_quantised_and_nothing_else():
     before = named_leaves(tiny_params())
     after = named_leaves(quantize_base(tiny_params(), "int4"))
@@ -98,4 +136,5 @@ def test_the_kernels_of_the_layers_are_quantised_and_nothing_else():
     assert set(after) - set(before) == new
     for name in set(before) & set(after):
         assert after[name] is before[name] or (after[name] == before[name]).all()
+    assert num_parameters(after) == num_parameters(before) == num_elements(tiny_params())
     assert after["layers/mlp/down/absmax"].shape == (2, 48 // 16, 32)  # 16: gcd of 48 and 64
