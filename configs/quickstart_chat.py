@@ -27,12 +27,17 @@ def get_config():
             data=DataConfig(
                 files=(f"{data}/train.jsonl",),
                 heldout_files=(f"{data}/validation.jsonl",),
-                chat=ChatConfig(template="koala", judged=("good", "bad"), conditional=True),
+                chat=ChatConfig(
+                    template="koala",
+                    judged=("good", "bad"),
+                    conditional=True,
+                    loss_on="last",  # the judged answer: a small model has little to spare
+                ),
             ),
             duration="2 epochs",
             batch_size=16,
             seq_len=256,
-            optim=OptimConfig(lr=1e-3, warmup="5%"),
+            optim=OptimConfig(lr=2e-3, warmup="5%"),
             checkpoint=CheckpointConfig(every="100 steps"),
             eval=EvalConfig(
                 every="50%",

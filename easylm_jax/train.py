@@ -28,6 +28,7 @@ from easylm_jax.mesh import DistributedConfig, check_divides, make_mesh, start_p
 from easylm_jax.metrics import MetricLog
 from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, make_forward
 from easylm_jax.models.lora import LoraConfig, trainable, with_adapter_dropout
+from easylm_jax.models.quantized import num_parameters
 from easylm_jax.monitor import Monitor, make_throughput, parse_window, profiler
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer, make_schedule, parse_duration
@@ -201,7 +202,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         for line in opening_lines(
             workdir,
             mesh_shape=mesh.shape,
-            num_params=num_elements((abstract.params, frozen)),
+            num_params=num_parameters((abstract.params, frozen)),
             num_trained=num_elements(abstract.params),
             data=source.describe(),
             total_steps=total_steps,
@@ -216,7 +217,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             params = whole(state.params, frozen)
             values = measurements.values(params)
             row = {f"eval/{name}": value for name, value in values.items()}
-            log.write(step, row | {"model/parameters": num_elements(params)})
+            log.write(step, row | {"model/parameters": num_parameters(params)})
             for line in measured_lines(step, values):
                 monitor.note(line)
             if texts := measurements.samples(params):

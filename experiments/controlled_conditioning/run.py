@@ -7,7 +7,7 @@ questions under either marker.
 
     python experiments/controlled_conditioning/run.py --out=runs/controlled_conditioning
 
-prints and writes table.json; about two minutes on two cores.
+prints and writes table.json; about three minutes on two cores.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def is_good(answer: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/controlled_conditioning"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     arms = ("marked", "unmarked", "shuffled")
