@@ -202,7 +202,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         for line in opening_lines(
             workdir,
             mesh_shape=mesh.shape,
-            num_params=num_parameters((abstract.params, frozen)),
+            num_params=num_parameters(abstract.params) + num_parameters(frozen or {}),
             num_trained=num_elements(abstract.params),
             data=source.describe(),
             total_steps=total_steps,
