@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
-PYTHON = sorted(set(re.findall(r"python -m (easylm_jax\.\w+[^\n`]*)", TEXT)))
+JOINED = re.sub(r" *\\\n *", " ", TEXT)
+FOUND = re.findall(r"python -m (easylm_jax\.\w+[^\n`]*)", JOINED)
+PYTHON = sorted({command.split("  #")[0].strip() for command in FOUND})
 CONFIGURED = [c for c in PYTHON if "--config=" in c]
 
 
@@ -31,20 +33,28 @@ def test_every_module_that_is_named_exists(command):
 def test_every_setting_that_is_shown_is_taken(command):
     """Parses the flags as the entry point would, and builds its config."""
     module, *args = shlex.split(command)
-    schema = {"train": "TrainConfig", "prepare": "PrepareConfig", "plan": "TrainConfig"}
-    name = schema[module.split(".")[1]]
+    name = module.split(".")[1]
+    where, name = {
+        "prepare": (module, "PrepareConfig"),
+        "train": (module, "TrainConfig"),
+        "plan": (module, "TrainConfig"),
+        "inspect_data": ("easylm_jax.train", "TrainConfig"),
+    }[name]
     script = f"""
 import sys
 sys.argv = ["x"] + {args!r}
 from absl import flags
 from ml_collections import config_flags
 from easylm_jax.config import from_config_dict
-from {module} import {name}
+from {where} import {name}
+from easylm_jax.prepare_chat import ChatPrepareConfig
 config_flags.DEFINE_config_file("config")
 flags.DEFINE_string("workdir", None, "")
 flags.DEFINE_string("out", None, "")
+flags.DEFINE_string("html", None, "")
 flags.FLAGS(sys.argv, known_only="plan" in {module!r})
-print(from_config_dict({name}, flags.FLAGS.config))
+config = flags.FLAGS.config
+print(from_config_dict(ChatPrepareConfig if "datasets" in config else {name}, config))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -168,8 +168,9 @@ def test_what_a_user_sees(folder, files, start):
     lines = out.splitlines()
     assert err == ""
     assert lines[0] == "1 x cpu: replica 1, fsdp 1, sequence 1, tensor 1"
-    assert "parameters, 8 steps of 8 rows x 32 tokens = 2,048 tokens" in lines[1]
-    assert str(workdir) in lines[2]
+    assert lines[1] == "data: 200 examples"
+    assert "parameters, 8 steps of 8 rows x 32 tokens = 2,048 tokens" in lines[2]
+    assert str(workdir) in lines[3]
     assert any(line.startswith("step 8/8  loss ") for line in lines)
     assert [line.split()[0] for line in lines[-4:]] == [
         "finished",

@@ -74,6 +74,9 @@ def prepare(data: Path, out: Path) -> Path:
 def fine_tune(arm: str, args: argparse.Namespace, data: Path) -> Path:
     """One model of the two; the same data in the same order, the same seed."""
     folder = args.out / arm
+    last = folder / "checkpoints" / f"{args.steps:08d}"
+    if last.exists():
+        return folder
     config = TrainConfig(
         model=preset("smollm2_135m", dtype="bfloat16", remat="none"),
         tokenizer=args.model,
@@ -100,7 +103,7 @@ def fine_tune(arm: str, args: argparse.Namespace, data: Path) -> Path:
         log_every=5,
     )
     train(config, str(folder))
-    if not (folder / "checkpoints" / f"{args.steps:08d}").exists():
+    if not last.exists():
         raise SystemExit(f"{folder} was stopped before its end: start again to go on")
     return folder
 
