@@ -232,14 +232,16 @@ def plot(metrics: dict, samples: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 3.6), width_ratios=(1.7, 1, 1), constrained_layout=True
+    )
     bars = [
-        ("base\nno marker", metrics["base"]["unmarked/prefers_chosen"]),
-        ("trained without\nmarkers", metrics["unmarked"]["unmarked/prefers_chosen"]),
-        ("trained with,\nno marker", metrics["marked"]["unmarked/prefers_chosen"]),
-        ("good marker", metrics["marked"]["good/prefers_chosen"]),
-        ("bad marker", metrics["marked"]["bad/prefers_chosen"]),
-        ("markers tell\n(Bayes)", metrics["marked"]["tells"]),
+        ("base", metrics["base"]["unmarked/prefers_chosen"]),
+        ("no markers\nin training", metrics["unmarked"]["unmarked/prefers_chosen"]),
+        ("marked,\nasked plain", metrics["marked"]["unmarked/prefers_chosen"]),
+        ("marked,\ngood", metrics["marked"]["good/prefers_chosen"]),
+        ("marked,\nbad", metrics["marked"]["bad/prefers_chosen"]),
+        ("told by\nmarkers", metrics["marked"]["tells"]),
     ]
     colours = ["#8c8c8c", "#4878a8", "#8cb4d9", "#2e8b57", "#c0504d", "#7b5ea7"]
     names, values = zip(*bars, strict=True)
