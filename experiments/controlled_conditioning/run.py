@@ -7,7 +7,7 @@ questions under either marker.
 
     python experiments/controlled_conditioning/run.py --out=runs/controlled_conditioning
 
-prints and writes table.json; about three minutes on two cores.
+prints and writes table.json; about a minute and a half on two cores.
 """
 
 import argparse
