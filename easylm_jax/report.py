@@ -319,7 +319,7 @@ def _heading(known: Known, named: Mapping[str, Series]) -> dict[str, Any]:
 def _quantities(held_out: Mapping[str, Mapping[str, Series]]) -> list[str]:
     """Columns of the evaluation: the usual ones first, then whatever else there is."""
     found = {quantity for quantities in held_out.values() for quantity in quantities}
-    found = {quantity for quantity in found if not quantity.endswith(STDERR)}
+    found = {q for q in found if not q.endswith(STDERR) and q != "number"}  # of pairs measured
     return [q for q in HELD_OUT if q in found] + sorted(found - HELD_OUT.keys())
 
 
