@@ -54,6 +54,11 @@ class ChatConfig:
                 f"data.chat.judged has {', '.join(sorted(unknown))}: expected some of "
                 f"{', '.join(SEQUENCES)}"
             )
+        if self.mark_shared_turns and not self.conditional:
+            raise ValueError(
+                "data.chat.mark_shared_turns says which answers get a marker, but none does: set "
+                "conditional=True as well"
+            )
 
 
 class Encoded(Sequence):

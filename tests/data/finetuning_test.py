@@ -276,6 +276,8 @@ def test_a_config_that_the_data_do_not_serve_is_one_sentence(change, words, tmp_
 def test_other_settings_that_cannot_be_meant(tmp_path):
     with pytest.raises(ValueError, match="judged has better: expected some of good, bad, good_bad"):
         ChatConfig(template="koala", judged=("good", "better"))
+    with pytest.raises(ValueError, match="mark_shared_turns .* set conditional=True as well"):
+        ChatConfig(template="koala", mark_shared_turns=True)
     with pytest.raises(ValueError, match="'plain' has no marker for answers of the quality 'good'"):
         encode(tmp_path, two_answers("q"), dataclasses.replace(HINDSIGHT, template="plain"))
     with pytest.raises(ValueError, match="data.chat and data.fields both say how to read"):
