@@ -5,8 +5,9 @@
     lm.loglikelihood([("The capital of France is", " Paris")])
     lm.chat([{"role": "user", "content": "Hello"}])
 
-`loading.py` makes one from a path, an evaluator from the parameters in training. What it is not: a
-sampler (`sampler.py` does the work, on ids) or a server.
+`loading.py` makes one from a path, an evaluator from the parameters in training. Everything that
+asks many questions (evaluation, lm-eval, a server) asks them here, all at once. What it is not: the
+work on ids (`sampler.py` continues prompts, `scoring.py` rates them) or a server.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from easylm_jax.sampler import (
     num_row_shards,
     pad_prompts,
 )
+from easylm_jax.scoring import Scored, score
 from easylm_jax.sharding import constrain
 from easylm_jax.text.example import encode_segment
 from easylm_jax.text.stream import TextStream
@@ -64,7 +66,24 @@ class Likelihood(NamedTuple):
     num_tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt to continue, with settings of its own. `until` has the strings that end the text."""
+
+    prompt: str | tuple[int, ...]
+    until: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    n: int = 1  # completions
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(max_new_tokens=self.max_new_tokens, n=self.n)
+
+
 OnText = Callable[[int, str], None]  # row, the text that is new
+OnDone = Callable[[int], None]  # how many requests were finished since the last call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,24 +131,81 @@ class LanguageModel:
           ValueError: a prompt that is empty, leaves no room in the context or has ids that the
             model does not know; a value out of range.
         """
-        for name, value in (
-            ("max_new_tokens", max_new_tokens),
-            ("n", n),
-            ("batch_size", batch_size),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} = {value} must be at least 1")
-        sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
+        _check_counts(max_new_tokens=max_new_tokens, n=n, batch_size=batch_size)
         rows = [self._prompt_ids(p) for p in ([prompts] if isinstance(prompts, str) else prompts)]
-        seeds = _seeds(seed, len(rows) * n)
+        made = self._complete(
+            rows,
+            sampling=SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty),
+            seeds=_seeds(seed, len(rows) * n),
+            limits=[max_new_tokens] * len(rows),
+            stop=stop,
+            stop_ids=stop_ids,
+            n=n,
+            batch_size=batch_size,
+            on_text=on_text,
+        )
+        return [completion for group in made for completion in group]
+
+    def generate_until(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        truncate: bool = False,
+        batch_size: int = 16,
+        on_done: OnDone | None = None,
+    ) -> list[list[Completion]]:
+        """The completions of every request, `n` of them, by the rules of `generate`.
+
+        A completion depends on its own request alone. Requests that differ in their prompts,
+        seeds and `max_new_tokens` only are answered in batches, those of similar length together,
+        and what all their prompts begin with is read once. With `truncate` a prompt keeps as many
+        of its last ids as leave room for `max_new_tokens` (lm-eval's rule; this cuts a BOS off).
+
+        Raises:
+          ValueError: as `generate`.
+        """
+        alike: dict[tuple, list[int]] = {}
+        for i, r in enumerate(requests):
+            alike.setdefault((r.until, r.temperature, r.top_p, r.n), []).append(i)
+        found: dict[int, list[Completion]] = {}
+        for (until, temperature, top_p, n), places in alike.items():
+            own = [requests[i] for i in places]
+            made = self._complete(
+                [self._prompt_ids(r.prompt, r.max_new_tokens if truncate else 0) for r in own],
+                sampling=SamplingConfig(temperature=temperature, top_p=top_p),
+                seeds=[seed for r in own for seed in _seeds(r.seed, n)],
+                limits=[r.max_new_tokens for r in own],
+                stop=until,
+                n=n,
+                batch_size=batch_size,
+                on_done=on_done,
+            )
+            found |= zip(places, made, strict=True)
+        return [found[i] for i in range(len(requests))]
+
+    def _complete(
+        self,
+        rows: Sequence[list[int]],
+        *,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        n: int = 1,
+        batch_size: int,
+        on_text: OnText | None = None,
+        on_done: OnDone | None = None,
+    ) -> list[list[Completion]]:
+        """`n` completions of every row, in batches; completion j of row i has seed i * n + j."""
         specials = self._tokenizer.specials()
         named = {specials[s] for s in stop if s in specials}
         ends = sorted({self._tokenizer.eos_id, *self.stop_ids, *stop_ids, *named})
         stop = [s for s in stop if s not in specials]
-        done: dict[int, Completion] = {}
+        done: dict[int, list[Completion]] = {}
         for batch in _batches(list(map(len, rows)), batch_size):
-            limits = [min(max_new_tokens, self.config.max_seq_len - len(rows[i])) for i in batch]
-            places = [i * n + j for i in batch for j in range(n)]  # in the list that is returned
+            most = [min(limits[i], self.config.max_seq_len - len(rows[i])) for i in batch]
+            places = [i * n + j for i in batch for j in range(n)]
             writers = [_Writer(self._tokenizer, stop, ends, place, on_text) for place in places]
             with self._on_mesh():
                 made = generate(
@@ -138,16 +214,19 @@ class LanguageModel:
                     config=self.config,
                     sampling=sampling,
                     seeds=[seeds[place] for place in places],
-                    max_new_tokens=[limit for limit in limits for _ in range(n)],
+                    max_new_tokens=[limit for limit in most for _ in range(n)],
                     vocab_size=self._tokenizer.vocab_size,
                     stop_ids=ends,
                     samples=n,
                     callback=functools.partial(_show, writers) if stop or on_text else None,
                 )
             _show(writers, made, last=True)
-            for place, writer, log_probs in zip(places, writers, made.log_probs, strict=True):
-                done[place] = writer.completion(log_probs)
-        return [done[place] for place in sorted(done)]
+            completions = [w.completion(x) for w, x in zip(writers, made.log_probs, strict=True)]
+            for row, i in enumerate(batch):
+                done[i] = completions[row * n : (row + 1) * n]
+            if on_done:
+                on_done(len(batch))
+        return [done[i] for i in range(len(rows))]
 
     def chat(
         self,
@@ -171,13 +250,6 @@ class LanguageModel:
           ValueError: no template; roles out of order; no marker for `quality`; a conversation
             longer than the context.
         """
-        if self.template is None:
-            raise ValueError(
-                "the model came without a chat template: name one, such as load(path, "
-                'template="vicuna") or --template=plain'
-            )
-        segments = render(self.template, messages, generate=True, quality=quality)
-        end = end_token(self.template)
         begun = False
 
         def on_answer(_: int, text: str) -> None:
@@ -187,47 +259,178 @@ class LanguageModel:
             if text:
                 on_text(text)
 
+        ids = self._chat_ids(messages, quality)
+        stop, stop_ids = self._ends_of_turn(stop)
         answer = self.generate(
-            [[i for segment in segments for i in encode_segment(segment, self._tokenizer)]],
+            [ids],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop=[*self.template.stop, *stop],
-            stop_ids=[self._tokenizer.special_id(end)] if end else [],
+            stop=stop,
+            stop_ids=stop_ids,
             on_text=on_answer if on_text else None,
         )
         return answer[0].text.strip()
 
+    def chat_batch(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        quality: str = "",
+        batch_size: int = 16,
+        on_done: OnDone | None = None,
+    ) -> list[str]:
+        """What `chat` answers to each of many conversations, all with the same `seed`.
+
+        Raises:
+          ValueError: as `chat`.
+        """
+        rows = [self._chat_ids(messages, quality) for messages in conversations]
+        stop, stop_ids = self._ends_of_turn(stop)
+        made = self._complete(
+            rows,
+            sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p),
+            seeds=_seeds(seed, 1) * len(rows),  # those of `chat`
+            limits=[max_new_tokens] * len(rows),
+            stop=stop,
+            stop_ids=stop_ids,
+            batch_size=batch_size,
+            on_done=on_done,
+        )
+        return [completion.text.strip() for (completion,) in made]
+
+    def _chat_ids(self, messages: Sequence[Message], quality: str) -> list[int]:
+        """The conversation as the template writes it, up to where the answer begins."""
+        if self.template is None:
+            raise ValueError(
+                "the model came without a chat template: name one, such as load(path, "
+                'template="vicuna") or --template=plain'
+            )
+        segments = render(self.template, messages, generate=True, quality=quality)
+        ids = [i for segment in segments for i in encode_segment(segment, self._tokenizer)]
+        self._check(ids, room=1)
+        return ids
+
+    def _ends_of_turn(self, stop: Sequence[str]) -> tuple[list[str], list[int]]:
+        """The strings and ids that end an answer by the template or by `stop`."""
+        end = end_token(self.template)
+        return [*self.template.stop, *stop], [self._tokenizer.special_id(end)] if end else []
+
     def loglikelihood(
-        self, pairs: Sequence[tuple[str, str]], *, batch_size: int = 8
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        truncate: bool = False,
+        on_done: OnDone | None = None,
     ) -> list[Likelihood]:
         """log p(continuation | context) for every (context, continuation).
 
         Both are encoded together, after a BOS if the model expects one. The continuation's ids are
         those that come after as many as the context alone has; white space at the end of a context
         counts as the continuation's, since tokenizers join it to the next word (lm-eval's rule).
+        Where nothing remains of the context, BOS stands for it, or EOS if the model has no BOS.
+        `truncate` is explained at `loglikelihood_tokens`.
 
         Raises:
-          ValueError: a context or a continuation without a token.
+          ValueError: a continuation without a token; a pair that does not fit.
         """
-        pairs = [(a.rstrip(), a[len(a.rstrip()) :] + b) for a, b in pairs]
-        whole = [self._tokenizer.prompt_ids(a + b) for a, b in pairs]
-        starts = [len(self._tokenizer.prompt_ids(a)) for a, _ in pairs]
-        for (context, continuation), ids, start in zip(pairs, whole, starts, strict=True):
+        encode, prefix = self._tokenizer.prompt_ids, self._prefix_id
+        starts: dict[str, int] = {}  # contexts come several times, one with each choice
+        rows = []
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            continuation = context[len(kept) :] + continuation
+            if not kept:
+                ids, start = [prefix, *self._tokenizer.encode(continuation)], 1
+            else:
+                ids = encode(kept + continuation)
+                start = starts.setdefault(kept, 0) or len(encode(kept))
+                starts[kept] = start
             if not 0 < start < len(ids):
                 raise ValueError(
-                    f"cannot score {continuation!r} after {context!r}: encoded together they have "
+                    f"cannot score {continuation!r} after {kept!r}: encoded together they have "
                     f"{len(ids)} tokens, the context alone {start}; expected at least one of each"
                 )
-        scored = self.token_log_probs(whole, batch_size=batch_size)
-        found = []
-        for (log_probs, is_greedy), start in zip(scored, starts, strict=True):
-            own = log_probs[start - 1 :]
-            best = bool(is_greedy[start - 1 :].all())
-            found.append(Likelihood(float(own.sum(dtype=np.float64)), best, len(own)))
-        return found
+            rows.append((ids[:start], ids[start:]))
+        return self.loglikelihood_tokens(rows, truncate=truncate, on_done=on_done)
+
+    def loglikelihood_tokens(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        truncate: bool = False,
+        on_done: OnDone | None = None,
+    ) -> list[Likelihood]:
+        """`loglikelihood` of (context ids, continuation ids), to which nothing is added.
+
+        The model reads all but the last id, so context and continuation may have one id more than
+        its context. Of more, `truncate` keeps the last ones (lm-eval's rule; a BOS is cut off with
+        the rest of the beginning).
+
+        Raises:
+          ValueError: an empty context or continuation; ids that the model does not know; without
+            `truncate` a pair, with it a continuation, that does not fit.
+        """
+        rows = []
+        for context, continuation in pairs:
+            most = self.config.max_seq_len + 1
+            if truncate and len(continuation) < most:
+                context = context[max(len(context) + len(continuation) - most, 0) :]
+            if not context or not continuation:
+                raise ValueError(
+                    f"cannot score {len(continuation)} tokens after {len(context)}: expected at "
+                    "least one of each"
+                )
+            ids = (*context, *continuation)
+            self._check(ids, room=-1)
+            rows.append(Scored(ids, len(context)))
+        with self._on_mesh():
+            scored = score(self.params, rows, config=self.config, on_done=on_done)
+        return [_likelihood([one]) for one in scored]
+
+    def loglikelihood_rolling(
+        self, texts: Sequence[str], *, on_done: OnDone | None = None
+    ) -> list[Likelihood]:
+        """log p of every text as a document of its own, of any length; each token counts once.
+
+        The first token follows BOS, or EOS if the model has no BOS. A text longer than the context
+        is scored in windows: the first ones are full and do not overlap, the last has the model's
+        whole context before its end (lm-eval's rule). An empty text has 0 tokens and log p 0.
+        """
+        size = self.config.max_seq_len
+        windows, owners = [], []
+        for owner, text in enumerate(texts):
+            ids = self._tokenizer.encode(text)
+            row = [self._prefix_id, *ids]
+            self._check(row[:1], room=0)
+            for start in range(1, len(row), size):
+                end = min(start + size, len(row))
+                first = max(end - 1 - size, 0)
+                windows.append(Scored(tuple(row[first:end]), start - first))
+                owners.append(owner)
+        left = np.bincount(owners, minlength=len(texts))
+        if on_done and (empty := int((left == 0).sum())):
+            on_done(empty)
+        with self._on_mesh():
+            scored = score(self.params, windows, config=self.config)
+        return [
+            _likelihood([one for one, o in zip(scored, owners, strict=True) if o == owner])
+            for owner in range(len(texts))
+        ]
+
+    @property
+    def _prefix_id(self) -> int:
+        """What stands before a text that nothing stands before."""
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        return eos if bos is None else bos
 
     def token_log_probs(
         self, rows: Sequence[Sequence[int]], *, batch_size: int = 8
@@ -271,8 +474,10 @@ class LanguageModel:
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def _prompt_ids(self, prompt: str | Sequence[int], room: int = 0) -> list[int]:
+        """The prompt's ids; with `room`, at most as many of the last as leave it."""
         ids = self._tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = ids[-max(self.config.max_seq_len - room, 1) :] if room else ids
         self._check(ids, room=1)
         return ids
 
@@ -288,6 +493,13 @@ class LanguageModel:
                 f"the ids {wrong[:5]} are not of the model's vocabulary, 0 to "
                 f"{self.config.vocab_size - 1}; use the model's own tokenizer"
             )
+
+
+def _likelihood(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Likelihood:
+    """Of what `score` says of the pieces of one text."""
+    total = sum(float(log_probs.sum(dtype=np.float64)) for log_probs, _ in parts)
+    is_greedy = all(bool(is_best.all()) for _, is_best in parts)
+    return Likelihood(float(total), is_greedy, sum(len(log_probs) for log_probs, _ in parts))
 
 
 class _Writer:
@@ -334,6 +546,12 @@ def _show(writers: Sequence[_Writer], made: Generated, *, last: bool = False) ->
     rows = zip(writers, made.tokens, made.count, strict=True)
     ended = [writer.show(ids[:count].tolist(), last=last) for writer, ids, count in rows]
     return [row for row, stop in enumerate(ended) if stop]
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value} must be at least 1")
 
 
 def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:

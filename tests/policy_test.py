@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Layer 0, then units of layer 1 that never import one another, then layer 2, then the entry points.
 LAYER_0 = {"array_types", "batch", "dots", "mesh", "sharding", "tree"}
 LAYER_1 = {"models", "text", "data", "formats", "objectives", "optim", "metrics", "progress"}
-LAYER_2 = {"train_state", "step", "checkpoint", "sampler", "language_model", "evals"}
+LAYER_2 = {"train_state", "step", "checkpoint", "sampler", "scoring", "language_model", "evals"}
 ALLOWED_BESIDE = {  # data and formats make use of tokenizers; formats speak of our model
     ("data", "text"),
     ("formats", "models"),
@@ -22,8 +22,11 @@ ALLOWED_BESIDE = {  # data and formats make use of tokenizers; formats speak of 
 # The call graph inside layer 2 is a chain: evals may use the sampler, the step the state.
 INSIDE_LAYER_2 = {
     ("step", "train_state"),
+    ("scoring", "sampler"),
     ("language_model", "sampler"),
+    ("language_model", "scoring"),
     ("evals", "language_model"),
+    ("evals", "scoring"),
     ("evals", "sampler"),
 }
 NEVER = {"tensorflow", "torch", "transformers"}
