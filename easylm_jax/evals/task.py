@@ -16,7 +16,8 @@ Jinja (in a sandbox) over the fields of a document.
     metrics: [acc, acc_norm]
     headline: acc_norm
 
-`base: NAME` takes over what another task's file says. The prompts of the tasks here are those of
+`base: NAME` takes over what another task's file says. Beside the layouts in which a task was first
+published, files of the Hugging Face hub are read as TASK/SPLIT*.parquet. The prompts of the tasks here are those of
 lm-eval 0.4.13, unless their `about` says otherwise. Shots are the first of their split, where
 lm-eval draws some by a seed unless told to take the first.
 
@@ -284,15 +285,16 @@ def _choose_source(task: Task, data_dir: str, *, with_shots: bool) -> Source:
     usable = [source for source in task.data if source.shots] if with_shots else task.data
     if not usable:
         raise ValueError(f"task {task.name} has no data to take shots from: ask for 0 shots")
-    lacking = {missing(source, data_dir, with_shots=with_shots): source for source in usable}
-    if "" in lacking:
-        return next(s for s in usable if not missing(s, data_dir, with_shots=with_shots))
+    lacking = []
+    for source in usable:
+        lacking.append(missing(source, data_dir, with_shots=with_shots))
+        if not lacking[-1]:
+            return source
     names = [source.tfds for source in usable if source.tfds]
     prepare = f", or run `{prepare_command(names[0], data_dir)}`" if names else ""
     published = f"it is published at {task.published_at}; " if task.published_at else ""
     raise ValueError(
-        f"task {task.name} needs {next(iter(lacking))}, which is not there: {published}put it "
-        f"there{prepare}"
+        f"task {task.name} needs {lacking[0]}, which is not there: {published}put it there{prepare}"
     )
 
 
@@ -301,7 +303,8 @@ def _documents(task: Task, source: Source, data_dir: str, *, shots: bool) -> lis
     docs = []
     for place, doc in read_source(source, data_dir, shots=shots):
         place = f"task {task.name}, {place}"
-        doc = doc | {name: fill(value, doc, where=place) for name, value in source.fields.items()}
+        for name, value in source.fields.items():
+            doc = doc | {name: fill(value, doc, where=place)}
         if not keep or fill(keep, doc, where=place):
             docs.append((place, doc))
     return docs

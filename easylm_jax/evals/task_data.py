@@ -3,9 +3,10 @@
 What it is not: prompts and items, which `task.py` makes of them, or a download: what is not there
 is an error that says where it is published.
 
-JSON, JSONL and Parquet are records. CSV and TSV are too, named by their first line or by `columns`.
-Any other file is a text and one document, or several where `split` cuts it. All may be .gz or .zst.
-A document also has the name of its file without the endings, as `file`.
+JSON, JSONL and Parquet are records. So are CSV and TSV, whose columns are called as their first line
+has them ("Best Answer" becomes `best_answer`) or as `columns` says. Any other file is a text: one
+document, or several where `split` cuts it. All may be .gz or .zst. A document also has the name of
+its file without the endings, as `file`.
 """
 
 import csv
@@ -32,7 +33,7 @@ class Source:
 
     `labels` are files of one label per line, which become the field `label`. With `tfds`, the
     name of a data set of TFDS, `test` and `shots` are splits. `fields` are values over the record,
-    which are added to it; `keep` and `keep_shots` say of which documents use is made.
+    added to it one after another; `keep` and `keep_shots` say of which documents use is made.
     """
 
     test: str
@@ -109,7 +110,7 @@ def _rows(text: str, columns: tuple[str, ...], *, tabs: bool, file: epath.Path) 
     stream = io.StringIO(text, newline="")
     quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     rows = csv.reader(stream, **quoting)
-    names = columns or next(rows, ())
+    names = columns or [name.strip().lower().replace(" ", "_") for name in next(rows, ())]
     for number, row in enumerate(filter(None, rows), start=1):
         if len(row) != len(names):
             raise ValueError(
