@@ -66,5 +66,6 @@ setup(
         "clean": CLEAN,
         "test": TEST,
         "torch": TORCH,
+        "lm_eval": ["lm-eval==0.4.13"],
     },
 )
