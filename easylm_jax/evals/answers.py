@@ -51,19 +51,21 @@ def ask(
 
 
 def score(task: Task, item: Item, response: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """The task's metrics, each as (sum, weight), and maj@K if there are K > 1 samples."""
-    texts = response["texts"]
-    found, answers, right = {}, [], set()
-    for metric in task.metrics:
-        normalise, normalise_gold = _normalisers(task.normaliser, metric)
-        gold = [item.gold] if isinstance(item.gold, str) else item.gold
-        right = {normalise_gold(answer) for answer in gold}
-        answers = [normalise(text) for text in texts]
-        found[metric] = (sum(answer in right for answer in answers) / len(texts), 1.0)
-    if len(texts) > 1:
-        most = Counter(filter(None, answers)).most_common(1)  # of the last metric
-        found[f"maj@{len(texts)}"] = (float(bool(most) and most[0][0] in right), 1.0)
-    return found
+    """The task's metrics, each as (sum, weight)."""
+    return {
+        metric: (_metric(metric, task, item, response["texts"]), 1.0) for metric in task.metrics
+    }
+
+
+def _metric(metric: str, task: Task, item: Item, texts: Sequence[str]) -> float:
+    normalise, normalise_gold = _normalisers(task.normaliser, metric)
+    gold = [item.gold] if isinstance(item.gold, str) else item.gold
+    right = {normalise_gold(answer) for answer in gold}
+    answers = [normalise(text) for text in texts]
+    if metric.startswith("maj@"):
+        most = Counter(filter(None, answers)).most_common(1)
+        return float(bool(most) and most[0][0] in right)
+    return sum(answer in right for answer in answers) / len(answers)
 
 
 Normaliser = Callable[[str], str]
@@ -80,12 +82,12 @@ def _normalisers(name: str, metric: str) -> tuple[Normaliser, Normaliser]:
 
 def harness(text: str) -> str:
     """lm-eval's exact_match with ignore_case and ignore_punctuation."""
-    return text.lstrip().lower().translate(NO_PUNCTUATION)
+    return text.strip().lower().translate(NO_PUNCTUATION)
 
 
 def harness_nq(text: str) -> str:
     """The same without articles, which lm-eval takes away where a space follows."""
-    text = re.sub(r"\b(?:The |the |An |A |a |an )", "", text.lstrip())
+    text = re.sub(r"\b(?:The |the |An |A |a |an )", "", text.strip())
     return text.lower().translate(NO_PUNCTUATION)
 
 

@@ -1,14 +1,14 @@
 """Kind `text`: how likely whole texts are, per byte and per word.
 
 What it is not: the loss on rows of training data (`perplexity.py`), which depends on the tokenizer.
-Called by `runner.py`. Sums are of minus the log-likelihood, so that over a corpus
+Called by `runner.py`. Sums are of minus the natural log-likelihood; `results.py` makes of
+them, over a corpus,
 
     bits_per_byte      the mean over bytes, in bits
     byte_perplexity    the exponential of the mean over bytes
     word_perplexity    the exponential of the mean over words, which white space parts
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +34,7 @@ def score(task: Task, item: Item, response: Mapping[str, Any]) -> dict[str, tupl
     """The task's metrics, each as (sum, weight)."""
     nats, words, size = -response["log_prob"], item.gold["words"], item.gold["bytes"]
     known = {
-        "bits_per_byte": (nats / math.log(2), float(size)),
+        "bits_per_byte": (nats, float(size)),
         "byte_perplexity": (nats, float(size)),
         "word_perplexity": (nats, float(words)),
     }

@@ -17,9 +17,9 @@ Jinja (in a sandbox) over the fields of a document.
     headline: acc_norm
 
 `base: NAME` takes over what another task's file says. Beside the layouts in which a task was first
-published, files of the Hugging Face hub are read as TASK/SPLIT*.parquet. The prompts of the tasks here are those of
-lm-eval 0.4.13, unless their `about` says otherwise. Shots are the first of their split, where
-lm-eval draws some by a seed unless told to take the first.
+published, files of the Hugging Face hub are read as TASK/SPLIT*.parquet. The prompts of the tasks
+here are those of lm-eval 0.4.13, unless their `about` says otherwise. Shots are the first of their
+split; lm-eval does so for MMLU alone, and draws others for every item by a seed.
 
 What it is not: the asking or the scoring, see `choice.py`, `answers.py`, `code.py`, `rolling.py`
 and `chat_answers.py`, one per kind; nor the reading of files, see `task_data.py`.
@@ -217,6 +217,9 @@ def _checked(task: Task) -> Task:
         raise ValueError(
             f"task {task.name}: metric {unknown[0]!r} is none of {', '.join(NORMALISERS)}"
         )
+    votes = f"maj@{task.generate.n}"
+    if task.kind == "generate" and task.generate.n > 1 and votes not in task.metrics:
+        task = dataclasses.replace(task, metrics=(*task.metrics, votes))
     if task.headline not in task.metrics:
         raise ValueError(
             f"task {task.name}: the headline {task.headline!r} is none of its metrics, "

@@ -3,8 +3,8 @@
 What it is not: prompts and items, which `task.py` makes of them, or a download: what is not there
 is an error that says where it is published.
 
-JSON, JSONL and Parquet are records. So are CSV and TSV, whose columns are called as their first line
-has them ("Best Answer" becomes `best_answer`) or as `columns` says. Any other file is a text: one
+JSON, JSONL and Parquet are records. So are CSV and TSV, whose columns are called as `columns` says
+or as their first line does ("Best Answer" becomes `best_answer`). Any other file is a text: one
 document, or several where `split` cuts it. All may be .gz or .zst. A document also has the name of
 its file without the endings, as `file`.
 """
