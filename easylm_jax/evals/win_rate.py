@@ -4,8 +4,8 @@ A preference is what a comparison came to, seen from the first model: 1 won, 0 l
 anything between (AlpacaEval's weighted judges). Comparisons of one question are no independent
 observations: where there may be several, `clusters` says which belong together.
 
-What it is not: the judging (`judge.py`), or the votes of people (the blind page writes them). Called
-by `judge.py` and by whoever has a file of labels.
+What it is not: the judging (`judge.py`), or the votes of people (the blind page writes them).
+Called by `judge.py` and by whoever has a file of labels.
 """
 
 import itertools
@@ -17,7 +17,9 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
-Numbers = Sequence[float] | np.ndarray
+from easylm_jax.evals.results import Estimate
+
+Numbers = Sequence[float | int] | np.ndarray
 Votes = Sequence[Sequence[Hashable]]  # of every item, what each rater said
 
 ELO_MEAN = 1000.0
@@ -25,14 +27,6 @@ ELO_SCALE = 400.0  # points between two models of which one wins 10 games to 1
 # Precision of a Gaussian prior on the weights of logistic regressions, of standard deviation 10: it
 # leaves those of real data alone, and keeps finite those of a model that never loses.
 PRIOR = 0.01
-
-
-class Estimate(NamedTuple):
-    """`n` is how many observations, or clusters of them, it rests on. No error of fewer than 2."""
-
-    value: float
-    stderr: float | None
-    n: int
 
 
 # ------------------------------------------------------------------------- means and win rates
@@ -46,7 +40,7 @@ def mean(values: Numbers, clusters: Sequence[Hashable] | None = None) -> Estimat
 def ratio(
     numerators: Numbers, denominators: Numbers, clusters: Sequence[Hashable] | None = None
 ) -> Estimate:
-    """Sum over sum, with the linearised error of a ratio estimator; n/(n-1) as for a mean.
+    """Sum over sum, with the linearised error of a ratio estimator; `n` counts clusters.
 
     Of two judges' scores it is Vicuna's "92% of ChatGPT's quality": total score over total score.
     """
@@ -99,6 +93,8 @@ def length_controlled(
     and with it the spread of p over questions.
     """
     y, delta = np.asarray(preferences, float), np.asarray(length_differences, float)
+    if not len(y):
+        return LengthControlled(mean([]), 0.0)
     std = delta.std(ddof=1) if len(delta) > 1 else 0.0
     features = [np.ones_like(y), np.tanh(delta / std) if std else np.zeros_like(y)]
     if difficulty is not None:
