@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
+from easylm_jax.evals.results import is_share
 from easylm_jax.metrics import read_metrics, read_samples
 from easylm_jax.progress import format_duration
 
@@ -34,14 +35,7 @@ PAUSE_SECONDS = 1800  # a longer gap between two lines: nothing ran, the time do
 
 def write_report(workdir: epath.PathLike) -> epath.Path:
     """Write `<workdir>/report.html` from what is there now and return its path."""
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401  (the plots import it; asked for here, before any work)
-    except ImportError as error:
-        raise ImportError(
-            f"report.html needs {error.name}, which is not installed: "
-            "pip install 'easylm_jax[report]'"
-        ) from error
+    environment = page_environment()
     workdir = epath.Path(workdir)
     rows = read_metrics(workdir)
     if not rows:
@@ -56,12 +50,32 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         config=_read_config(workdir / "config.json"),
         command=_read_text(workdir / "command.txt").strip().split("\n")[-1],  # the last start
     )
-    source = (resources.files("easylm_jax") / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = environment.from_string(source).render(page)
     path = workdir / "report.html"
-    path.write_bytes(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"))
+    write_page(path, environment.get_template("report.html.jinja").render(page))
     return path
+
+
+def page_environment() -> Any:
+    """Jinja over the package's templates, which escapes all texts; asked for before any work."""
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401  (the plots import it)
+    except ImportError as error:
+        raise ImportError(
+            f"report.html needs {error.name}, which is not installed: "
+            "pip install 'easylm_jax[report]'"
+        ) from error
+
+    def load(name: str) -> str:
+        return (resources.files("easylm_jax") / name).read_text(encoding="utf-8")
+
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(load), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def write_page(path: epath.Path, html: str) -> None:
+    path.write_bytes(_CONTROL.sub("\ufffd", html).encode("utf-8", "replace"))
 
 
 Number = int | float | np.number
@@ -121,12 +135,25 @@ SPEED = {
 HELD_OUT = {
     "bits_per_byte": Known("Bits per byte", frame="falling"),
     "loss": LOSS,
-    "accuracy": Known("Accuracy", style="percent"),
+    "accuracy": Known("Next-token accuracy", style="percent"),
+    "acc": Known("Accuracy", style="percent"),
+    "acc_norm": Known("Accuracy, length-normalised", style="percent"),
+    "greedy_acc": Known("Exact continuation", style="percent"),
+    "exact_match": Known("Exact match", style="percent"),
+    "flexible_match": Known("Exact match, last number", style="percent"),
+    "pass@1": Known("Programs that pass", style="percent"),
+    "mc1": Known("True answer likeliest", style="percent"),
+    "mc2": Known("Probability of true answers", style="percent"),
+    "perplexity": Known("Perplexity", "per token", frame="falling"),
+    "word_perplexity": Known("Perplexity", "per word", frame="falling"),
+    "byte_perplexity": Known("Perplexity", "per byte", frame="falling"),
     "prefers_chosen": Known("Preferred answer likelier", "per token", "percent"),
     "tells": Known("Preferred answer told by the markers", style="percent"),
     "margin": Known("Evidence of the markers", "nats"),
 }
 STDERR = "_stderr"  # ends the name of another quantity's standard error
+CHANCE = "chance"  # what a task's accuracy is by guessing
+OF_CHANCE = ("acc", "acc_norm", "mc1")  # quantities that a guess has as well
 # Shown elsewhere than as a curve: in a tile, a table, a mark or a sentence.
 NOT_PLOTTED = {
     "train/loss", "train/tokens", "model/parameters", "guard/skipped", "perf/step_s",
@@ -155,7 +182,7 @@ def page_contents(
         "loss": _loss_plot(series),
         "training": _plots(series, TRAINING),
         "held_out": _held_out_plots(held_out),
-        "held_out_table": _held_out_table(held_out),
+        "held_out_tables": _held_out_tables(held_out),
         "speed": _plots(series, SPEED),
         "speed_facts": list(_speed_facts(series)),
         "sources": _source_table(series),
@@ -213,12 +240,12 @@ def find_spikes(loss: Series, *, window: int = 30) -> np.ndarray:
 
 
 def _tiles(series, held_out, *, seconds: float, pauses: int) -> Iterator[dict[str, str]]:
-    for name, quantities in list(held_out.items())[:2]:
+    texts = {name: q for name, q in held_out.items() if "loss" in q}
+    for name, quantities in list(texts.items())[:2]:
         quantity = "bits_per_byte" if "bits_per_byte" in quantities else "loss"
-        if quantity in quantities:
-            unit = "bits per byte" if quantity == "bits_per_byte" else LOSS.unit
-            label = "Held out" if len(held_out) == 1 else f"Held out: {name}"
-            yield _change_tile(label, quantities[quantity], unit, hero=True)
+        unit = "bits per byte" if quantity == "bits_per_byte" else LOSS.unit
+        label = "Held out" if len(texts) == 1 else f"Held out: {name}"
+        yield _change_tile(label, quantities[quantity], unit, hero=True)
     if "train/loss" in series:
         yield _change_tile("Training loss", smooth(series["train/loss"]), LOSS.unit)
     tokens = tokens_seen(series)
@@ -266,40 +293,68 @@ def _loss_plot(series: Mapping[str, Series]) -> dict[str, Any] | None:
     trend = smooth(loss)  # heading and tile say the same
     return {
         **_heading(LOSS._replace(title="Training loss"), {"": trend}),
-        "svg": draw([loss], LOSS, inches=(10.4, 3.4), **marks),
-        "narrow": draw([loss], LOSS, inches=(4.6, 2.8), **marks),
+        "svg": draw([Line(loss)], LOSS, inches=(10.4, 3.4), **marks),
+        "narrow": draw([Line(loss)], LOSS, inches=(4.6, 2.8), **marks),
         "num_spikes": len(spikes),
         "num_skipped": len(skipped),
     }
 
 
 def _plots(series: Mapping[str, Series], known: Mapping[str, Known]) -> list[dict[str, Any]]:
-    return _grid([(k, {"": series[key]}) for key, k in known.items() if key in series])
+    return _grid([Plot(k, {"": Line(series[key])}) for key, k in known.items() if key in series])
 
 
 def _held_out_plots(held_out: Mapping[str, Mapping[str, Series]]) -> list[dict[str, Any]]:
     return _grid(
         [
-            (
-                HELD_OUT.get(quantity, Known(quantity)),
-                {name: q[quantity] for name, q in held_out.items() if quantity in q},
+            Plot(
+                known_quantity(quantity),
+                {name: _line(q, quantity) for name, q in held_out.items() if quantity in q},
             )
             for quantity in _quantities(held_out)
         ]
     )
 
 
-def _grid(plots: Sequence[tuple[Known, Mapping[str, Series]]]) -> list[dict[str, Any]]:
+def _line(quantities: Mapping[str, Series], quantity: str) -> "Line":
+    has_chance = CHANCE in quantities and quantity in OF_CHANCE
+    chance = float(quantities[CHANCE].values[-1]) if has_chance else None
+    return Line(quantities[quantity], quantities.get(quantity + STDERR), chance)
+
+
+def known_quantity(quantity: str) -> Known:
+    """How a quantity of a held-out set or a metric of a task is shown."""
+    style = "percent" if is_share(quantity) else "number"
+    return HELD_OUT.get(quantity, Known(quantity, style=style))
+
+
+class Line(NamedTuple):
+    """A curve with its standard errors, drawn as a band, and the level of chance, dotted."""
+
+    curve: Series
+    stderr: Series | None = None
+    chance: float | None = None
+
+
+class Plot(NamedTuple):
+    known: Known
+    lines: Mapping[str, Line]
+
+
+def _grid(plots: Sequence[Plot]) -> list[dict[str, Any]]:
     """Plots for a grid of two or three columns; what is not yet a curve is left out."""
     plots = [
-        (known, {name: one for name, one in named.items() if np.isfinite(one.values).any()})
-        for known, named in plots
-        if any(map(_is_curve, named.values()))
+        (known, {name: one for name, one in lines.items() if np.isfinite(one.curve.values).any()})
+        for known, lines in plots
+        if any(_is_curve(line.curve) for line in lines.values())
     ]
     inches = (5.0, 2.5) if len(plots) in (1, 2, 4) else (4.1, 2.3)  # as in the template
     return [
-        {**_heading(known, named), "svg": draw(list(named.values()), known, inches=inches)}
-        for known, named in plots
+        {
+            **_heading(known, {name: line.curve for name, line in lines.items()}),
+            "svg": draw(list(lines.values()), known, inches=inches),
+        }
+        for known, lines in plots
     ]
 
 
@@ -319,13 +374,20 @@ def _heading(known: Known, named: Mapping[str, Series]) -> dict[str, Any]:
 def _quantities(held_out: Mapping[str, Mapping[str, Series]]) -> list[str]:
     """Columns of the evaluation: the usual ones first, then whatever else there is."""
     found = {quantity for quantities in held_out.values() for quantity in quantities}
-    found = {q for q in found if not q.endswith(STDERR) and q != "number"}  # of pairs measured
+    found = {q for q in found if not q.endswith(STDERR) and q not in ("number", CHANCE)}
     return [q for q in HELD_OUT if q in found] + sorted(found - HELD_OUT.keys())
+
+
+def _held_out_tables(held_out: Mapping[str, Mapping[str, Series]]) -> list[dict[str, Any]]:
+    """One of held-out texts, one of tasks and pairs: they have no column in common."""
+    texts = {name: found for name, found in held_out.items() if "loss" in found}
+    others = {name: found for name, found in held_out.items() if name not in texts}
+    return [_held_out_table(sets) for sets in (texts, others) if sets]
 
 
 def _held_out_table(held_out: Mapping[str, Mapping[str, Series]]) -> dict[str, Any]:
     quantities = _quantities(held_out)
-    columns = [HELD_OUT.get(q, Known(q)) for q in quantities]
+    columns = [known_quantity(q) for q in quantities]
     rows = []
     for name, found in held_out.items():
         cells = []
@@ -513,7 +575,7 @@ _LINES, (_MUTED, _RULE, _WARN) = list(_COLOURS)[:6], list(_COLOURS)[6:]
 
 
 def draw(
-    lines: Sequence[Series],
+    lines: Sequence[Line],
     known: Known,
     *,
     inches: tuple[float, float],
@@ -527,19 +589,24 @@ def draw(
     import matplotlib
     from matplotlib.figure import Figure
 
-    finite = [Series(s.steps[m], s.values[m]) for s in lines if (m := np.isfinite(s.values)).any()]
-    is_noisy = len(finite) == 1 and len(finite[0].steps) > SHORT_SERIES
+    finite = [_finite(line) for line in lines if np.isfinite(line.curve.values).any()]
+    is_noisy = len(finite) == 1 and len(finite[0].curve.steps) > SHORT_SERIES
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=inches, layout="constrained")
         axes = figure.add_subplot()
-        for i, one in enumerate(finite):
+        for i, (one, stderr, chance) in enumerate(finite):
             colour, dashes = _LINES[i % 6], ("-", "--", ":")[i // 6 % 3]
+            if stderr is not None:
+                edges = [one.values - stderr.values, one.values + stderr.values]
+                axes.fill_between(one.steps, *edges, color=colour, alpha=0.15, linewidth=0)
+            if chance is not None:
+                axes.axhline(chance, color=colour, linewidth=0.9, linestyle=(0, (1, 2.5)))
             if is_noisy:
                 axes.plot(*thin(one), color=colour, alpha=0.3, linewidth=0.7)
                 one = smooth(one)
             marker = "o" if len(one.steps) <= 25 else ""
             axes.plot(*thin(one), dashes, color=colour, linewidth=1.6, marker=marker, ms=2.6)
-        axes.set_ylim(*frame(finite, known.frame))
+        axes.set_ylim(*frame([part for line in finite for part in _extent(line)], known.frame))
         for steps, height, marker in ((spikes, 1.0, "v"), (skipped, 0.0, "x")):
             if len(steps):
                 _mark(axes, steps, height=height, marker=marker)
@@ -547,6 +614,28 @@ def draw(
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     return _inline(file.getvalue())
+
+
+def _finite(line: Line) -> Line:
+    """Where the curve is finite; the band has no width where its standard error is not known."""
+    at = np.isfinite(line.curve.values)
+    curve = Series(line.curve.steps[at], line.curve.values[at])
+    if line.stderr is None:
+        return line._replace(curve=curve)
+    known = dict(zip(line.stderr.steps.tolist(), line.stderr.values.tolist(), strict=True))
+    errors = np.nan_to_num([known.get(step, 0.0) for step in curve.steps.tolist()])
+    return line._replace(curve=curve, stderr=Series(curve.steps, errors))
+
+
+def _extent(line: Line) -> Iterator[Series]:
+    """What the frame has to hold."""
+    steps, values = line.curve
+    yield line.curve
+    if line.stderr is not None:
+        yield Series(steps, values - line.stderr.values)
+        yield Series(steps, values + line.stderr.values)
+    if line.chance is not None:
+        yield Series(steps, np.full(len(steps), line.chance))
 
 
 def frame(lines: Sequence[Series], kind: str) -> tuple[float, float]:

@@ -70,18 +70,22 @@ def compare(folder_a: epath.PathLike, folder_b: epath.PathLike) -> Comparison:
         notes_of |= {task: ", ".join(notes)} if notes else {}
         for metric in _metrics([of[i] for of in (a, b) for i in same]):
             scores_a, scores_b = (_scores([of[i] for i in same], metric) for of in (a, b))
-            finite = np.isfinite(scores_a + scores_b).all(axis=1)
-            if finite.any():
-                paired[task, metric] = pair(metric, scores_a[finite], scores_b[finite])
+            usable = np.isfinite(scores_a + scores_b).all(axis=1)
+            usable &= (scores_a * scores_b)[:, 1] != 0  # of weight 0: an item that says nothing
+            if usable.any():
+                paired[task, metric] = pair(metric, scores_a[usable], scores_b[usable])
     if not paired:
         raise ValueError(
             "expected items that both runs were asked with the same prompt, got none: "
             f"{folder_a} has {', '.join(tasks_a) or 'no task'}, {folder_b} has "
             f"{', '.join(tasks_b) or 'no task'}; evaluate both on the same tasks, shots and data"
         )
-    headlines = [key for key in paired if key[1] == tasks_a[key[0]]["headline"]]
-    corrected = holm([paired[key].p for key in headlines])
-    p_holm = dict(zip(headlines, corrected, strict=True))
+    headlines = {
+        (task, metric): one.p
+        for (task, metric), one in paired.items()
+        if metric == tasks_a[task]["headline"] and not math.isnan(one.p)
+    }
+    p_holm = dict(zip(headlines, holm(list(headlines.values())), strict=True))
     differences = [Difference(*key, one, p_holm.get(key)) for key, one in paired.items()]
     return Comparison(str(folder_a), str(folder_b), differences, notes_of)
 
