@@ -33,7 +33,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["easylm_jax", "easylm_jax.*"]),
-    package_data={"easylm_jax": ["*.jinja"]},  # the page of report.py
+    package_data={
+        "easylm_jax": ["*.jinja"],  # the page of report.py
+        "easylm_jax.evals": ["*.yaml", "tasks/*.yaml", "recipes/*.yaml"],
+    },
     install_requires=[
         "jax==0.10.2" + PY311,
         "jax==0.12.0.1" + PY312,
@@ -52,6 +55,7 @@ setup(
         "safetensors==0.8.0",
         "jinja2==3.1.6",  # chat templates; the page of report.py
         "ml-collections==1.1.0",
+        "PyYAML==6.0.3",  # files of tasks
         "jaxtyping==0.3.11",
         "zstandard==0.25.0",
         "tensorboardX==2.6.5",

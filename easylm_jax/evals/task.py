@@ -150,8 +150,12 @@ def select_metric(task: Task, metric: str) -> Task:
 
 
 def override(task: Task, changes: Mapping[str, Any]) -> Task:
-    """The task with some keys of its file changed."""
-    return _checked(dataclasses.replace(task, **_values(changes, where=task.name)))
+    """The task with some keys of its file changed, of `generate` those that are given."""
+    values = _values(changes, where=task.name)
+    if "generate" in changes:
+        given = _tuples(changes["generate"])
+        values["generate"] = dataclasses.replace(task.generate, **given)
+    return _checked(dataclasses.replace(task, **values))
 
 
 def _read_yaml(name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ document, or several where `split` cuts it. All may be .gz or .zst. A document a
 its file without the endings, as `file`.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -54,12 +55,16 @@ def missing(source: Source, data_dir: str, *, with_shots: bool) -> str:
         return "" if _prepared(source.tfds, data_dir) else f"the TFDS data set {source.tfds}"
     wanted = [source.test, source.labels]
     wanted += [source.shots, source.shot_labels] if with_shots else []
-    for glob in filter(None, wanted):
-        try:
-            match_files([str(epath.Path(data_dir) / glob)])
-        except ValueError:
-            return str(epath.Path(data_dir) / glob)
-    return ""
+    lacking = (glob for glob in wanted if glob and not _match(data_dir, glob))
+    return next((str(epath.Path(data_dir) / glob) for glob in lacking), "")
+
+
+def _match(data_dir: str, glob: str) -> list[epath.Path]:
+    """The files that the glob matches, as they are or compressed; none if there are none."""
+    for ending in ("", ".gz", ".zst"):
+        with contextlib.suppress(ValueError):
+            return match_files([f"{epath.Path(data_dir) / glob}{ending}"])
+    return []
 
 
 def read_source(source: Source, data_dir: str, *, shots: bool) -> Iterator[tuple[str, Doc]]:
@@ -68,15 +73,14 @@ def read_source(source: Source, data_dir: str, *, shots: bool) -> Iterator[tuple
     if source.tfds:
         yield from _read_tfds(source.tfds, data_dir, where)
         return
-    docs = itertools.chain.from_iterable(
-        _read_file(file, source) for file in match_files([str(epath.Path(data_dir) / where)])
-    )
+    files = _match(data_dir, where)
+    docs = itertools.chain.from_iterable(_read_file(file, source) for file in files)
     labels = source.shot_labels if shots else source.labels
     if not labels:
         yield from docs
         return
-    content = b"".join(read_chunks(epath.Path(data_dir) / labels))
-    answers = decode(content, where=labels).split()
+    [labels_file] = _match(data_dir, labels)
+    answers = decode(b"".join(read_chunks(labels_file)), where=labels).split()
     docs = list(docs)
     if len(docs) != len(answers):
         raise ValueError(
