@@ -123,7 +123,7 @@ def tally(votes: Sequence[Record], models: tuple[str, str]) -> dict[str, list[An
 
 def _percent(share: Estimate) -> str:
     more = "" if share.stderr is None else f" ± {100 * share.stderr:.1f}"
-    return f"{100 * share.value:.1f}{more} %"
+    return f"{100 * share.value:.1f}{more}\u00a0%"
 
 
 def _count(number: int, thing: str) -> str:
@@ -384,8 +384,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header(
             "Content-Security-Policy",
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-            "require-trusted-types-for 'script'; trusted-types 'none'",
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
         )
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Referrer-Policy", "no-referrer")  # the address is a secret

@@ -139,7 +139,7 @@ def test_tally_counts_models_not_seats():
     assert zebra[4].startswith("70.0 ±") and quagga[4].startswith("30.0 ±")
     assert zebra[5].startswith("80.0 ±") and quagga[5].startswith("40.0 ±")
     assert "5 votes of 2 voters on 4 questions, 1 skipped" in table["notes"][0]
-    assert "75.0" in table["notes"][1] and "100.0 %" in table["notes"][2]
+    assert "75.0" in table["notes"][1] and "100.0\u00a0%" in table["notes"][2]
 
 
 def test_strangers_are_refused(tmp_path):
@@ -333,6 +333,9 @@ class Tab:
         self._browser, self._session = browser, attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call(
+            "Emulation.setFocusEmulationEnabled", enabled=True
+        )  # no slow timers behind others
         self.call("Page.navigate", url=url)
 
     def call(self, method: str, **params) -> dict:
