@@ -52,14 +52,12 @@ class HarnessModel(TemplateLM):
     ) -> None:
         """`pretrained` is a model, or a path for `load`, whose further `options` are given here.
 
-        lm-eval always gives the other three, which are for PyTorch. They change nothing.
+        lm-eval always gives the other three, which are for PyTorch and change nothing.
         """
         super().__init__()
-        asked = {"batch_size": batch_size, "max_batch_size": max_batch_size, "device": device}
-        if given := [k for k, v in asked.items() if v not in (None, 1, "1", "auto")]:
+        if batch_size not in (None, 1, "1", "auto"):
             logging.getLogger(__name__).warning(
-                "%s: no effect on easylm_jax, which batches by itself; --model_args takes a mesh",
-                ", ".join(given),
+                "batch_size %s has no effect: easylm_jax makes its batches itself", batch_size
             )
         self._lm = load(pretrained, **options) if isinstance(pretrained, str) else pretrained
         self._template = self._lm.template
