@@ -45,7 +45,7 @@ def ratio(
     Of two judges' scores it is Vicuna's "92% of ChatGPT's quality": total score over total score.
     """
     tops, bottoms = (_sums(np.asarray(x, float), clusters) for x in (numerators, denominators))
-    n, total = int((bottoms != 0).sum()), bottoms.sum()
+    n, total = int(((tops != 0) | (bottoms != 0)).sum()), bottoms.sum()
     if n == 0:
         return Estimate(float("nan"), None, 0)
     value = tops.sum() / total
