@@ -284,7 +284,7 @@ def tokens_seen(series: Mapping[str, Series]) -> Number:
 def _loss_plot(series: Mapping[str, Series]) -> dict[str, Any] | None:
     """The one plot over the whole width; `narrow` is the same for a phone."""
     loss = series.get("train/loss")
-    if loss is None or not _is_curve(loss):
+    if loss is None or not is_curve(loss):
         return None
     spikes = find_spikes(loss)
     guard = series.get("guard/skipped")
@@ -301,11 +301,13 @@ def _loss_plot(series: Mapping[str, Series]) -> dict[str, Any] | None:
 
 
 def _plots(series: Mapping[str, Series], known: Mapping[str, Known]) -> list[dict[str, Any]]:
-    return _grid([Plot(k, {"": Line(series[key])}) for key, k in known.items() if key in series])
+    return plot_grid(
+        [Plot(k, {"": Line(series[key])}) for key, k in known.items() if key in series]
+    )
 
 
 def _held_out_plots(held_out: Mapping[str, Mapping[str, Series]]) -> list[dict[str, Any]]:
-    return _grid(
+    return plot_grid(
         [
             Plot(
                 known_quantity(quantity),
@@ -341,12 +343,12 @@ class Plot(NamedTuple):
     lines: Mapping[str, Line]
 
 
-def _grid(plots: Sequence[Plot]) -> list[dict[str, Any]]:
+def plot_grid(plots: Sequence[Plot]) -> list[dict[str, Any]]:
     """Plots for a grid of two or three columns; what is not yet a curve is left out."""
     plots = [
         (known, {name: one for name, one in lines.items() if np.isfinite(one.curve.values).any()})
         for known, lines in plots
-        if any(_is_curve(line.curve) for line in lines.values())
+        if any(is_curve(line.curve) for line in lines.values())
     ]
     inches = (5.0, 2.5) if len(plots) in (1, 2, 4) else (4.1, 2.3)  # as in the template
     return [
@@ -358,7 +360,7 @@ def _grid(plots: Sequence[Plot]) -> list[dict[str, Any]]:
     ]
 
 
-def _is_curve(series: Series) -> bool:
+def is_curve(series: Series) -> bool:
     return bool(np.isfinite(series.values).sum() > 1)
 
 

@@ -125,9 +125,15 @@ def is_perplexity(metric: str) -> bool:
     return metric.endswith("perplexity")
 
 
+_SHARES = re.compile(
+    r"(^|_)(acc|match|rate|share|failures|left_out)(_|$)|^(mc\d|pass@.*|maj@.*)$"
+    r"|^(ties|flips|longer_wins|refuses|as_an_ai|empty|distinct_2)$"
+)
+
+
 def is_share(metric: str) -> bool:
     """Written in percent."""
-    return bool(re.search(r"(^|_)(acc|match|rate|share)(_|$)|^(mc\d|pass@|maj@)", metric))
+    return bool(_SHARES.search(metric))
 
 
 def _macro(groups: Sequence[Estimate]) -> Estimate:
@@ -314,7 +320,9 @@ def why_not_whole(task: Mapping[str, Any]) -> str:
 
 def shown_rows(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Rows for a table: every metric over all items, and of groups the headline's."""
-    groups = {row["group"] for row in task["rows"]} - {ALL, MACRO} - task["categories"].keys()
+    groups = (
+        {row["group"] for row in task["rows"]} - {ALL, MACRO} - task.get("categories", {}).keys()
+    )
     hidden = groups if len(groups) > MAX_GROUPS else set()
     return [
         row
@@ -336,34 +344,49 @@ class Published(NamedTuple):
     model: str
     value: float
     metric: str
+    group: str
     shots: int | None
     source: str
     difference: float | None
     z: float | None
 
 
+class Measure(NamedTuple):
+    """What two numbers of a task must share to be compared."""
+
+    group: str
+    metric: str
+    shots: int | None  # None: not stated
+
+
+def measure_of(published: Published) -> Measure:
+    return Measure(published.group, published.metric, published.shots)
+
+
+def same_measure(task: Mapping[str, Any], measure: Measure) -> Mapping[str, Any] | None:
+    """The task's row that measures the same."""
+    for row in task["rows"]:
+        if (row["group"], row["metric"]) == measure[:2] and measure.shots in (None, row["shots"]):
+            return row
+    return None
+
+
 def beside_published(task: Mapping[str, Any]) -> list[Published]:
     found = []
-    for one in task.get("published", []):
-        same = [
-            row
-            for row in task["rows"]
-            if (row["group"], row["metric"]) == (one.get("group", ALL), one["metric"])
-            and one["shots"] in (None, row["shots"])
-            and row["value"] is not None
-        ]
-        difference = same[0]["value"] - one["value"] if same else None
-        stderr = same[0]["stderr"] if same else None
-        z = difference / stderr if stderr else None
-        published = (one[key] for key in ("model", "value", "metric", "shots", "source"))
-        found.append(Published(*published, difference=difference, z=z))
+    for one in task["published"]:
+        row = same_measure(task, Measure(one["group"], one["metric"], one["shots"]))
+        has_value = row is not None and row["value"] is not None
+        difference = row["value"] - one["value"] if has_value else None
+        z = difference / row["stderr"] if has_value and row["stderr"] else None
+        facts = (one[k] for k in ("model", "value", "metric", "group", "shots", "source"))
+        found.append(Published(*facts, difference=difference, z=z))
     return found
 
 
 def published_sources(tasks: Mapping[str, Any]) -> str:
     """Where the published numbers are from, a line each."""
     models: dict[str, list[str]] = {}
-    for one in [one for task in tasks.values() for one in task.get("published", [])]:
+    for one in [one for task in tasks.values() for one in task["published"]]:
         models.setdefault(one["source"], []).append(one["model"])
     return "\n".join(f"{', '.join(dict.fromkeys(m))}: {source}" for source, m in models.items())
 
@@ -417,13 +440,14 @@ def _published_tables(tasks: Mapping[str, Any]) -> list[str]:
         columns = models[start : start + MODELS_A_LINE]
         rows = [["published", "metric", "shots", "ours", *columns]]
         for name, of_task in found.items():
-            measures = dict.fromkeys((p.metric, p.shots) for p in of_task if p.model in columns)
-            for metric, shots in measures:
-                cells = {p.model: p for p in of_task if (p.metric, p.shots) == (metric, shots)}
-                ours = _ours(tasks[name], metric, shots)
-                theirs = [_beside(cells[m]) if m in cells else "" for m in columns]
+            for measure in dict.fromkeys(measure_of(p) for p in of_task if p.model in columns):
+                cells = {p.model: p for p in of_task if measure_of(p) == measure}
                 label = name if is_whole(tasks[name]) else f"{name} PARTIAL"
-                rows.append([label, metric, "?" if shots is None else str(shots), ours, *theirs])
+                label = f"  {measure.group}" if measure.group else label
+                shots = "?" if measure.shots is None else str(measure.shots)
+                ours = _ours(tasks[name], measure)
+                theirs = [write_published(cells[m]) if m in cells else "" for m in columns]
+                rows.append([label, measure.metric, shots, ours, *theirs])
         tables.append(align(rows, left=(0, 1)))
     if tables:
         tables[-1] += "\n(ours less theirs; z: over our standard error, theirs is not known)"
@@ -431,16 +455,12 @@ def _published_tables(tasks: Mapping[str, Any]) -> list[str]:
     return tables
 
 
-def _ours(task: Mapping[str, Any], metric: str, shots: int | None) -> str:
-    same = [
-        write_value(metric, row["value"])
-        for row in task["rows"]
-        if (row["group"], row["metric"]) == (ALL, metric) and shots in (None, row["shots"])
-    ]
-    return same[0] if same else "none"
+def _ours(task: Mapping[str, Any], measure: Measure) -> str:
+    same = same_measure(task, measure)
+    return write_value(measure.metric, same["value"]) if same else "none"
 
 
-def _beside(published: Published) -> str:
+def write_published(published: Published) -> str:
     """79.8 % (-11.4, z -10.5)"""
     text = write_value(published.metric, published.value)
     if published.difference is None:
