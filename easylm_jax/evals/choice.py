@@ -32,24 +32,25 @@ def ask(
     *,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Response]:
-    """The log-probabilities of every item's continuations; `on_done` counts continuations."""
+    """The log-probabilities of every item's continuations; `on_done` hears of each."""
+    wants_unconditional = "acc_uncond" in task.metrics
     pairs = [pair for item in items for pair in item.pairs]
-    if "acc_uncond" in task.metrics:
+    if wants_unconditional:
         pairs += [(task.unconditional, choice) for item in items for _, choice in item.pairs]
-    found = iter(lm.loglikelihood(pairs, on_done=on_done))
+    unique = list(dict.fromkeys(pairs))  # "yes" after "Answer:" is the same in every item
+    found = dict(zip(unique, lm.loglikelihood(unique, on_done=on_done), strict=True))
     responses = []
     for item in items:
-        scored = [next(found) for _ in item.pairs]
-        responses.append(
-            {
-                "log_probs": [likelihood.log_prob for likelihood in scored],
-                "is_greedy": [likelihood.is_greedy for likelihood in scored],
-                "num_tokens": [likelihood.num_tokens for likelihood in scored],
-            }
-        )
-    if "acc_uncond" in task.metrics:
-        for item, response in zip(items, responses, strict=True):
-            response["unconditional"] = [next(found).log_prob for _ in item.pairs]
+        scored = [found[pair] for pair in item.pairs]
+        response: Response = {
+            "log_probs": [likelihood.log_prob for likelihood in scored],
+            "is_greedy": [likelihood.is_greedy for likelihood in scored],
+            "num_tokens": [likelihood.num_tokens for likelihood in scored],
+        }
+        if wants_unconditional:
+            alone = [found[task.unconditional, choice] for _, choice in item.pairs]
+            response["unconditional"] = [likelihood.log_prob for likelihood in alone]
+        responses.append(response)
     return responses
 
 
