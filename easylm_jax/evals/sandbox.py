@@ -31,6 +31,7 @@ MAX_DISK_BYTES = 64 << 20
 MAX_FILES = 1000
 CLOCK_PER_CPU = 4  # how much longer than its processor time a program may take by the clock
 _TICK_S = 0.1
+_DISK = f"{MAX_DISK_BYTES >> 20} MiB or {MAX_FILES:,} files"
 
 
 class Outcome(NamedTuple):
@@ -145,24 +146,27 @@ def _watch(
             elif time.monotonic() - start > CLOCK_PER_CPU * timeout_s:
                 stopped = Outcome("timeout", f"over {CLOCK_PER_CPU * timeout_s} s by the clock", 0)
             elif _too_much(folder):
-                stopped = Outcome("failed", f"over {MAX_DISK_BYTES >> 20} MiB on disk", 0)
+                stopped = Outcome("failed", f"over {_DISK} on disk", 0)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     seconds = time.monotonic() - start
     outcome = stopped or _outcome(process.returncode, report, token)
-    if outcome.status == "failed" and process.returncode == -signal.SIGXCPU:
+    over_time = process.returncode == -signal.SIGXCPU or (  # SIGKILL if it ignored that
+        process.returncode == -signal.SIGKILL and seconds > timeout_s
+    )
+    if outcome.status == "failed" and not stopped and over_time:
         outcome = Outcome("timeout", f"over {timeout_s} s of processor time", 0)
     return outcome._replace(seconds=seconds)
 
 
 def _too_much(folder: Path) -> bool:
-    used = count = 0
-    for count, entry in enumerate(os.scandir(folder), 1):
+    sizes = []
+    for entry in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):  # removed since
-            used += os.lstat(entry).st_blocks * 512
-    return used > MAX_DISK_BYTES or count > MAX_FILES
+            sizes.append(os.lstat(entry).st_blocks * 512)
+    return sum(sizes) > MAX_DISK_BYTES or len(sizes) > MAX_FILES
 
 
 def _outcome(returncode: int, report: bytes, token: bytes) -> Outcome:
