@@ -7,7 +7,7 @@ from easylm_jax.evals.results import MACRO
 
 
 def test_published_numbers_of_llama():
-    """Rows of the paper's tables 3, 4, 5, 7 and 9, in the order of their columns."""
+    """Rows of the paper's tables 3, 4, 5, 7, 8 and 9, in the order of their columns."""
     zero_shot = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"]
     wanted = {
         "LLaMA-7B": [76.5, 79.8, 48.9, 76.1, 70.1, 72.8, 47.6, 57.2],
@@ -34,6 +34,8 @@ def test_published_numbers_of_llama():
     mmlu = [found["LLaMA-33B", "mmlu_original", "acc", group, 5] for group in groups]
     assert mmlu == [55.8, 46.0, 66.7, 63.4, 57.8]
     assert found["LLaMA-7B", "gsm8k", "maj@100", "", 8] == 18.1
+    assert found["LLaMA-65B", "humaneval", "pass@100", "", 0] == 79.3
+    assert found["LLaMA-13B", "mbpp", "pass@1", "", 3] == 22.0
 
 
 def test_settings():
