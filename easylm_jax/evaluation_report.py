@@ -11,6 +11,7 @@ wherever it stands. The look lives in `evaluation_report.html.jinja`, the conten
 
 import datetime
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -90,7 +91,7 @@ def page_contents(
     return {
         "name": results["model"],
         "date": _date(results["date"]),
-        "settings": {k: _plain(v) for k, v in results["settings"].items()},
+        "settings": {k: _plain(v) for k, v in results["settings"].items() if v is not None},
         "command": results["command"],
         "problems": _problems(tasks),
         "num_tasks": len(tasks),
@@ -143,7 +144,12 @@ def _strip(name: str, task: Task, models: Sequence[str], chance: float | None) -
     """Our headline on a line from 0 to 100 %, beside what is published of the same measure."""
     row = headline_row(task)
     marks = [
-        {"left": 100 * p.value, "number": models.index(p.model), "text": _hover(p)}
+        {
+            "left": 100 * p.value,
+            "number": models.index(p.model),
+            "text": _hover(p),
+            "is_same": p.difference is not None,
+        }
         for p in beside_published(task)
         if (p.group, p.metric) == (ALL, row["metric"])
     ]
@@ -223,11 +229,14 @@ def _groups(name: str, task: Task, chance: float | None) -> dict[str, Any] | Non
         return None
     colour_of = {g: i for i, of_it in enumerate(categories.values()) for g in of_it}
     means = {row["group"]: row for row in rows}
+    longest = max(one["low"] + one["width"] for one in map(_interval, bars))
+    scale = 100 / (10 * math.ceil(longest / 10) or 100)  # weak models would leave half a line empty
     return {
         "name": name,
         "metric": known_quantity(task["headline"]).title,
         "partial": "" if is_whole(task) else coverage(task),
-        "chance": 100 * chance if chance else None,
+        "chance": scale * 100 * chance if chance else None,
+        "end": f"{100 / scale:.0f} %",
         "over_groups": _with_stderr(means.get(MACRO)),
         "over_items": _with_stderr(headline_row(task)),
         "categories": [{"name": c, "value": _with_stderr(means.get(c))} for c in categories],
@@ -237,7 +246,7 @@ def _groups(name: str, task: Task, chance: float | None) -> dict[str, Any] | Non
                 "value": write_value(row["metric"], row["value"]),
                 "n": row["n"],
                 "number": colour_of.get(row["group"], 0),
-                **_interval(row),
+                **{key: scale * value for key, value in _interval(row).items()},
             }
             for row in sorted(bars, key=lambda row: -row["value"])
         ],
@@ -270,6 +279,8 @@ def picks(name: str, samples: Samples) -> dict[str, Any] | None:
     """
     shared = {tuple(sample["request"].get("continuations", ())) for sample in samples}
     if len(shared) != 1 or len(choices := shared.pop()) < 2:
+        return None
+    if not all(isinstance(sample["gold"], int) for sample in samples):
         return None
     picked = Counter(int(np.argmax(sample["response"]["log_probs"])) for sample in samples)
     right = Counter(sample["gold"] for sample in samples)

@@ -591,12 +591,12 @@ def draw(
     import matplotlib
     from matplotlib.figure import Figure
 
-    finite = [_finite(line) for line in lines if np.isfinite(line.curve.values).any()]
-    is_noisy = len(finite) == 1 and len(finite[0].curve.steps) > SHORT_SERIES
+    shown = [finite(line) for line in lines if np.isfinite(line.curve.values).any()]
+    is_noisy = len(shown) == 1 and len(shown[0].curve.steps) > SHORT_SERIES
     with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=inches, layout="constrained")
         axes = figure.add_subplot()
-        for i, (one, stderr, chance) in enumerate(finite):
+        for i, (one, stderr, chance) in enumerate(shown):
             colour, dashes = _LINES[i % 6], ("-", "--", ":")[i // 6 % 3]
             if stderr is not None:
                 edges = [one.values - stderr.values, one.values + stderr.values]
@@ -608,7 +608,7 @@ def draw(
                 one = smooth(one)
             marker = "o" if len(one.steps) <= 25 else ""
             axes.plot(*thin(one), dashes, color=colour, linewidth=1.6, marker=marker, ms=2.6)
-        axes.set_ylim(*frame([part for line in finite for part in _extent(line)], known.frame))
+        axes.set_ylim(*frame([part for line in shown for part in extent(line)], known.frame))
         for steps, height, marker in ((spikes, 1.0, "v"), (skipped, 0.0, "x")):
             if len(steps):
                 _mark(axes, steps, height=height, marker=marker)
@@ -618,7 +618,7 @@ def draw(
     return _inline(file.getvalue())
 
 
-def _finite(line: Line) -> Line:
+def finite(line: Line) -> Line:
     """Where the curve is finite; the band has no width where its standard error is not known."""
     at = np.isfinite(line.curve.values)
     curve = Series(line.curve.steps[at], line.curve.values[at])
@@ -629,7 +629,7 @@ def _finite(line: Line) -> Line:
     return line._replace(curve=curve, stderr=Series(curve.steps, errors))
 
 
-def _extent(line: Line) -> Iterator[Series]:
+def extent(line: Line) -> Iterator[Series]:
     """What the frame has to hold."""
     steps, values = line.curve
     yield line.curve

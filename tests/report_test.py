@@ -249,3 +249,22 @@ def test_the_frame_lets_only_a_steep_start_out():
 )  # fmt: skip
 def test_numbers_as_text(text, expected):
     assert text == expected
+
+
+def test_tasks_have_a_band_and_a_level_of_chance(tmp_path):
+    log = metrics.MetricLog(tmp_path)
+    for step in (0, 100, 200):
+        row = {"acc_norm": 0.25 + step / 1000, "acc_norm_stderr": 0.02, "chance": 0.25}
+        log.write(step, {f"eval/quiz/{name}": value for name, value in row.items()})
+        log.write(step, {"eval/web/loss": 3.0 - step / 1000})
+    log.close()
+    html = report.write_report(tmp_path).read_text()
+    text = Page(html).text
+    assert "Accuracy, length-normalised" in text and "quiz 25.0 % → 45.0 % ± 2.0 %" in text
+    assert "chance" not in text and "Held out 2.80" in text  # the tile is the text's alone
+    plot = next(svg for svg in re.findall("<svg.*?</svg>", html, re.DOTALL) if "%" in svg)
+    assert len(re.findall("fill-opacity|opacity: 0.15", plot)) == 1
+    band = Series(np.array([1]), np.array([0.1]))
+    line = report.Line(Series(np.arange(3), np.full(3, 0.5)), band, 0.25)
+    low, high = report.frame(list(report.extent(report.finite(line))), "fit")
+    assert low < 0.25 and high > 0.6

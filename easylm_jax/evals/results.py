@@ -396,7 +396,8 @@ def write_value(metric: str, value: float | None) -> str:
         return "not finite"
     if is_share(metric):
         return f"{100 * value:.1f} %"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    digits = 3 if abs(value) < 100 else 1 if abs(value) < 10_000 else 0
+    return f"{value:,.{digits}f}"
 
 
 def write_stderr(metric: str, stderr: float | None) -> str:
