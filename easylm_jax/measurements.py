@@ -1,4 +1,4 @@
-"""What a run measures of its model as it trains: held-out loss, preferences, samples to read.
+"""What a run measures of its model as it trains: held-out loss, preferences, tasks, samples.
 
 What it is not: an evaluator (`evals/` has them). Called by `train.py` before the first step, every
 so often, and after the last.
@@ -20,7 +20,11 @@ from easylm_jax.evals.preference import (
     prepare_pairs,
     score_pairs,
 )
+from easylm_jax.evals.results import summarise
+from easylm_jax.evals.runner import run_items
 from easylm_jax.evals.samples import sample_texts
+from easylm_jax.evals.task import Item, Task, find_task, make_items
+from easylm_jax.language_model import LanguageModel
 from easylm_jax.models.llama import LlamaConfig, make_forward
 from easylm_jax.text.example import encode_segment
 from easylm_jax.text.template import ChatTemplate, end_token, render
@@ -33,15 +37,19 @@ WATCHED = (
     "tells",
     "margin",
 )
+MEASURED = ("choice", "generate", "text")  # kinds of tasks; others run programs or need a judge
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Held-out loss and samples, before the first step, every so often, and after the last."""
+    """Held-out loss, tasks, samples: before the first step, every so often, and after the last."""
 
     every: str = "1000 steps"
     max_batches: int | None = None  # spread over the held-out text; None: all of it
     pairs: int = 0  # held-out comparisons: is the preferred answer the likelier one?
+    tasks: tuple[str, ...] = ()  # such as "hellaswag", of evals/tasks/, or YAML files
+    task_data: str = ""  # the folder that holds their data, as --data of evaluate.py
+    task_items: int | None = 200  # of each task, spread over its subjects; None: all
     prompts: tuple[str, ...] = ()  # texts to continue or, with data.chat, questions to answer
     sample_tokens: int = 64
     temperature: float = 0.8
@@ -95,6 +103,8 @@ class Measurements:
                 seq_len=seq_len,
                 rows=rows,
             )
+        self._tasks = _tasks(cfg)
+        self._template = template
         self._prompts = _prompts(cfg.prompts, data, template, tokenizer)
         end = end_token(template) if template else None
         self._stop_ids = {tokenizer.eos_id} | ({tokenizer.special_id(end)} if end else set())
@@ -109,6 +119,15 @@ class Measurements:
             for name, (value, error) in pair_metrics(scores).items():
                 if name in WATCHED:
                     values |= {f"pairs/{name}": value, f"pairs/{name}_stderr": error}
+        for task, items in self._tasks:
+            lm = LanguageModel(self._model, params, self._tokenizer, self._template)
+            samples = [sample for new in run_items(lm, task, items) for sample in new]
+            metric = task.headline
+            rows = summarise(task, samples, shots=task.shots)
+            row = next(row for row in rows if row.metric == metric)  # over all items
+            values[f"{task.name}/{metric}"] = row.value
+            if row.stderr is not None:
+                values[f"{task.name}/{metric}_stderr"] = row.stderr
         return values
 
     def samples(self, params: Params) -> list[dict[str, str]]:
@@ -126,6 +145,18 @@ class Measurements:
             stop_ids=sorted(self._stop_ids),
         )
         return [{"prompt": p, "text": t} for p, t in zip(self._prompts, texts, strict=True)]
+
+
+def _tasks(cfg: EvalConfig) -> list[tuple[Task, list[Item]]]:
+    """Tasks that are measured as they train, with their items."""
+    tasks = [find_task(name) for name in cfg.tasks]
+    for task in tasks:
+        if task.kind not in MEASURED:
+            raise ValueError(
+                f"eval.tasks has {task.name!r}, of the kind {task.kind!r}; in training there are "
+                f"only {', '.join(MEASURED)}: use `python -m easylm_jax.evaluate` for it"
+            )
+    return [(task, make_items(task, cfg.task_data, limit=cfg.task_items)) for task in tasks]
 
 
 def _prompts(

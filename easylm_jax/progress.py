@@ -35,11 +35,17 @@ def _can_show_a_bar(stream: io.TextIOBase) -> bool:
 
 
 class Progress:
-    """Shows step of total, loss, tokens per second and the time left."""
+    """Shows step of total, loss, tokens per second and the time left. `label`: other than steps."""
 
     def __init__(
-        self, total_steps: int, start_step: int = 0, *, stream: io.TextIOBase | None = None
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        label: str = "step",
+        stream: io.TextIOBase | None = None,
     ):
+        self._label = label
         self._total, self._step, self._stream = total_steps, start_step, stream or sys.stdout
         self._facts: dict[str, float | None] = {"loss": None, "tokens_per_s": None}
         self._first: tuple[int, float] | None = None  # step and time of the first update
@@ -91,7 +97,7 @@ class Progress:
         self._last_line, self._shown_step = time.monotonic(), self._step
 
     def _line(self) -> str:
-        parts = [f"step {self._step:,}/{self._total:,}"]
+        parts = [f"{self._label} {self._step:,}/{self._total:,}"]
         if self._facts["loss"] is not None:
             parts.append(f"loss {self._facts['loss']:.3f}")
         if self._facts["tokens_per_s"] is not None:

@@ -1,0 +1,431 @@
+"""Evaluate a model on tasks.
+
+    python -m easylm_jax.evaluate --model=PATH --tasks=llama1 --data=DIR --out=DIR
+    python -m easylm_jax.evaluate --compare A B
+
+`--tasks` are names, YAML files, text:GLOB, or recipes, which are lists of tasks with published
+numbers; `--list_tasks` shows them. OUT gets samples/<task>.jsonl, results.json and report.html;
+the same command goes on where a killed one was. `--base` also evaluates the model that this one was
+fine-tuned from, in OUT/base, and puts both in one table. Answers to chat tasks are judged by
+`--judge`, against those of `--against`.
+
+What it is not: the tasks (`evals/task.py`), the asking (`evals/runner.py`) or the arithmetic
+(`evals/results.py`).
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import gc
+import hashlib
+import os
+import shlex
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from easylm_jax.array_types import Params
+from easylm_jax.config import run_main
+from easylm_jax.evals.chat_answers import Answers, questions_of, read_answers, save_answers
+from easylm_jax.evals.compare import compare, format_comparison
+from easylm_jax.evals.judge import Judge, parse_judge
+from easylm_jax.evals.judgements import grade, judge_pairs
+from easylm_jax.evals.panel import format_panel, panel
+from easylm_jax.evals.recipes import Entry, find_recipe, recipe_names
+from easylm_jax.evals.results import (
+    SampleFile,
+    format_table,
+    headline_row,
+    read_results,
+    read_samples,
+    summarise,
+    to_json,
+    write_results,
+    write_stderr,
+    write_value,
+)
+from easylm_jax.evals.runner import run_items, still_asked
+from easylm_jax.evals.task import Item, Task, find_task, limit_items, make_items, task_names
+from easylm_jax.evals.win_rate import Game, elo
+from easylm_jax.language_model import LanguageModel
+from easylm_jax.loading import load
+from easylm_jax.models.llama import FloatName
+from easylm_jax.progress import Progress, format_duration
+from easylm_jax.text.template import find_template
+from easylm_jax.tree import named_leaves
+
+WRITE_SECONDS = 15.0  # between results.json of a task that is not whole yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A task as this run asks it. `name` is its own in OUT, since recipes ask tasks twice."""
+
+    name: str
+    task: Task
+    shots: int
+    published: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A job with what to ask; or with the reason why nothing can be asked."""
+
+    job: Job
+    items: list[Item]
+    available: int = 0
+    reason: str = ""
+
+
+# ---- what is asked ------------------------------------------------------------------------------
+
+
+def plan(names: Sequence[str], *, shots: int | None = None) -> list[Job]:
+    """Jobs of tasks and recipes. `shots` replaces those that they say themselves.
+
+    Raises:
+      ValueError: an unknown name; a job twice.
+    """
+    entries = []
+    for name in names:
+        if name in recipe_names():
+            entries += find_recipe(name).entries
+        elif name in task_names() or name.endswith((".yaml", ".yml")) or name.startswith("text:"):
+            entries.append(Entry(find_task(name)))
+        else:
+            known = [*recipe_names(), *task_names()]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+            raise ValueError(f"there is no task or recipe {name!r}; near it: {', '.join(near)}")
+    jobs = [_job(entry, shots) for entry in entries]
+    return list({job.name: job for job in jobs}.values())
+
+
+def _job(entry: Entry, shots: int | None) -> Job:
+    task = entry.task
+    wanted = next(n for n in (shots, entry.shots, task.shots) if n is not None)
+    wanted = 0 if task.kind in ("text", "chat") else wanted
+    name = task.name if wanted == task.shots else f"{task.name}_{wanted}shot"
+    return Job(name, task, wanted, entry.published)
+
+
+def prepare(job: Job, data: str, *, limit: int | None, allow_code: bool) -> Prepared:
+    """The job's items. What is wrong with its data is a reason, for the other jobs to go on."""
+    if job.task.kind == "code" and not allow_code:
+        reason = (
+            "it runs programs that the model writes: allow that with --allow_code_execution "
+            "(they run in a sandbox, see docs/evaluation.md)"
+        )
+        return Prepared(job, [], reason=reason)
+    try:
+        items = make_items(job.task, data, shots=job.shots)
+    except (ValueError, OSError) as error:
+        return Prepared(job, [], reason=str(error))
+    return Prepared(job, limit_items(items, limit), available=len(items))
+
+
+# ---- one model ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    lm: LanguageModel, prepared: Sequence[Prepared], out: str, *, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Ask everything, write samples and results.json, and return what the latter holds.
+
+    Samples of an earlier start with the same settings in `facts` are not asked for again, and tasks
+    of an earlier start stay in results.json. A task that fails is reported and the others go on.
+    """
+    results = {**facts, "tasks": _earlier_tasks(out, facts)}
+    results["tasks"] |= {p.job.name: _result_of(p, [], 0.0) for p in prepared}
+    for one in prepared:
+        name = one.job.name
+        try:
+            if not one.reason:
+                for result in _run(lm, one, out, settings=facts["settings"]):
+                    results["tasks"][name] = result
+                    write_results(out, results)
+        except (ValueError, OSError) as error:
+            results["tasks"][name] |= {"status": "failed", "reason": str(error)}
+        print(f"{name}: {_in_short(results['tasks'][name])}", flush=True)
+    write_results(out, results)
+    return results
+
+
+def _earlier_tasks(out: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    if not os.path.exists(os.path.join(out, "results.json")):
+        return {}
+    earlier = read_results(out)
+    if earlier["settings"]["fingerprint"] != facts["settings"]["fingerprint"]:
+        raise ValueError(
+            f"{out} has the results of another model, {earlier['model']} "
+            f"({earlier['settings']['fingerprint']}): give another --out"
+        )
+    return earlier["tasks"]
+
+
+def _run(
+    lm: LanguageModel, one: Prepared, out: str, *, settings: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The task's part of results.json, every so often and at the end."""
+    job, start, shown = one.job, time.monotonic(), time.monotonic()
+    asked = {"generate": dataclasses.asdict(job.task.generate), "metrics": job.task.metrics}
+    with SampleFile(out, job.name, settings={**settings, **asked}) as file:
+        samples = still_asked(file.known, one.items)
+        known = {sample["id"] for sample in samples}
+        progress = Progress(len(one.items), len(samples), label=job.name)
+        for new in run_items(lm, job.task, [i for i in one.items if i.id not in known]):
+            file.write(new)
+            samples += new
+            progress.update(len(samples))
+            if time.monotonic() - shown > WRITE_SECONDS:
+                yield _result_of(one, samples, time.monotonic() - start)
+                shown = time.monotonic()
+        progress.close()
+    yield _result_of(one, samples, time.monotonic() - start)
+
+
+def _result_of(one: Prepared, samples: Sequence[Mapping[str, Any]], seconds: float) -> dict:
+    task = one.job.task
+    status = "whole" if one.items and len(samples) == len(one.items) else "partial"
+    return {
+        "status": "failed" if one.reason else status,
+        "done": len(samples),
+        "total": len(one.items),
+        "available": one.available,
+        "reason": one.reason,
+        "seconds": seconds,
+        "kind": task.kind,
+        "about": task.about,
+        "headline": task.headline,
+        "categories": dict(task.categories),
+        "rows": summarise(task, samples, shots=one.job.shots) if samples else [],
+        "published": list(one.job.published),
+    }
+
+
+def _in_short(result: Mapping[str, Any]) -> str:
+    row = headline_row(to_json(result))
+    if result["status"] == "failed" or row is None:
+        return f"FAILED: {result['reason']}"
+    value = write_value(row["metric"], row["value"])
+    stderr = write_stderr(row["metric"], row["stderr"])
+    took = format_duration(result["seconds"])
+    return f"{row['metric']} {value}{f' ± {stderr}' if stderr else ''}  ({took})"
+
+
+def fingerprint(params: Params) -> str:
+    """Of a model, by the first 64 numbers of each of its arrays: any training changes them."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(params).items()):
+        few = leaf[(0,) * (leaf.ndim - 1)][:64]
+        digest.update(name.encode() + np.asarray(few).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def evaluate_path(
+    path: str, prepared: Sequence[Prepared], out: str, *, name: str, **how: str | None
+) -> dict[str, Any]:
+    """Load the model at `path` and evaluate it; its answers to chat tasks are files in OUT, too."""
+    print(f"loading {path} ...", flush=True)
+    lm = load(path, **how)
+    template = lm.template.name if lm.template else None
+    settings = {
+        "fingerprint": fingerprint(lm.params),
+        "dtype": lm.config.dtype,
+        "template": template,
+        "bos": lm.tokenizer.bos_id is not None,
+        "context": lm.config.max_seq_len,
+    }
+    facts = {
+        "model": path,
+        "name": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "settings": settings,
+    }
+    if template is None:
+        reason = "the model came without a chat template: name one, such as --template=plain"
+        prepared = [
+            dataclasses.replace(p, items=[], reason=reason) if p.job.task.kind == "chat" else p
+            for p in prepared
+        ]
+    results = evaluate(lm, prepared, out, facts=facts)
+    for one in prepared:
+        if one.job.task.kind == "chat" and (samples := read_samples(out, one.job.name)):
+            asked = still_asked(samples, one.items)
+            save_answers(os.path.join(out, "answers"), one.job.task, asked, model=name)
+    return results
+
+
+# ---- judging ------------------------------------------------------------------------------------
+
+
+def judge_chat(
+    judge: Judge, prepared: Sequence[Prepared], out: str, *, data: str, against: Sequence[str]
+) -> dict[str, Any]:
+    """What the judge says of OUT's answers to chat tasks: beside those of others, or graded alone.
+
+    `against` are files of answers, or --out folders of other models. With several, also Elo.
+    """
+    chat: dict[str, Any] = {}
+    for one in prepared:
+        name = one.job.name
+        file = os.path.join(out, "answers", f"{name}.jsonl")
+        if one.job.task.kind != "chat" or not os.path.exists(file):
+            continue
+        answers = read_answers(file)
+        try:
+            questions = questions_of(one.job.task, one.items, data)
+        except ValueError as error:
+            chat[name] = {"judge": judge.name, "against": "", "rows": [], "reason": str(error)}
+            print(f"{name}: not judged: {error}", flush=True)
+            continue
+        games: list[Game] = []
+        for place in against or [""]:
+            told = {"judge": judge.name, "against": "", "rows": [], "reason": ""}
+            title = f"{name}, {os.path.basename(place)}" if len(against) > 1 else name
+            calls = sum(len(q.turns) for q in questions) * (2 if place else 1)
+            with counting(calls, label=f"judging {title}") as on_done:
+                try:
+                    if not place:
+                        kept = os.path.join(out, "judgements", f"{name}.grades.jsonl")
+                        told["rows"] = grade(judge, answers, questions, kept, on_done=on_done)
+                    else:
+                        other = _answers_of(place, name)
+                        kept = os.path.join(out, "judgements", f"{name}.{other.model}.jsonl")
+                        report = judge_pairs(
+                            judge, answers, other, questions, kept, on_done=on_done
+                        )
+                        told |= {"against": other.model, "rows": report.rows}
+                        games += report.games
+                except (ValueError, OSError) as error:
+                    told["reason"] = str(error)
+                    print(f"{title}: not judged: {error}", flush=True)
+            chat[title] = told
+        if len(against) > 1 and games:
+            ratings = {model: rating._asdict() for model, rating in elo(games).items()}
+            chat[name] = {"judge": judge.name, "against": "", "rows": [], "elo": ratings}
+    return chat
+
+
+def _answers_of(place: str, task_name: str) -> Answers:
+    if os.path.isdir(place):
+        place = os.path.join(place, "answers", f"{task_name}.jsonl")
+    return read_answers(place)
+
+
+@contextlib.contextmanager
+def counting(total: int, *, label: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar that is told how much more is done."""
+    progress, done = Progress(total, label=label), 0
+
+    def add(number: int) -> None:
+        nonlocal done
+        done += number
+        progress.update(done)
+
+    try:
+        yield add
+    finally:
+        progress.close()
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def list_tasks() -> Iterator[str]:
+    """A line for every recipe and task."""
+    for name in recipe_names():
+        recipe = find_recipe(name)
+        yield f"{name:18} recipe of {len(recipe.entries)} tasks. {recipe.about}"
+    for name in task_names():
+        task = find_task(name)
+        yield f"{name:18} {task.kind}, {task.shots} shots, {task.headline}. {task.about}"
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    options = flags.FLAGS
+    if options.list_tasks:
+        print("\n".join(list_tasks()))
+        return
+    if options.compare:
+        folders = [options.compare, *argv[1:]]
+        if len(folders) != 2:
+            raise ValueError(f"--compare takes two --out folders, got {len(folders)}: {folders}")
+        print(format_comparison(compare(*folders)))
+        return
+    if len(argv) > 1:
+        raise ValueError(f"arguments {argv[1:]} are not understood; lists are joined by commas")
+    if lacking := [n for n in ("model", "tasks", "out") if not options[n].value]:
+        raise ValueError(f"--{lacking[0]} is needed; --help shows all that can be said")
+    if options.template:
+        find_template(options.template)  # before minutes of loading
+    jobs = plan(options.tasks, shots=options.shots)
+    prepared = [
+        prepare(job, options.data, limit=options.limit, allow_code=options.allow_code_execution)
+        for job in jobs
+    ]
+    if all(one.reason for one in prepared):
+        raise ValueError("; ".join(f"{one.job.name}: {one.reason}" for one in prepared))
+    how = {
+        "dtype": options.dtype,
+        "template": options.template,
+        "tokenizer": options.tokenizer,
+        "mesh": options.mesh,
+    }
+    out, against = options.out, list(options.against)
+    try:
+        if options.base:
+            evaluate_path(options.base, prepared, f"{out}/base", name="base", **how)
+            gc.collect()  # the model's memory, before the next one
+            against.append(f"{out}/base")
+        name = options.name or os.path.basename(os.path.abspath(options.model))
+        results = evaluate_path(options.model, prepared, out, name=name, **how)
+        gc.collect()
+        if options.judge:
+            judge = parse_judge(options.judge, load=load)
+            results["chat"] = judge_chat(judge, prepared, out, data=options.data, against=against)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if options.base:
+        results["panel"] = panel(compare(f"{out}/base", out), results.get("chat", {}))
+    write_results(out, results)
+    print(f"\n{format_table(results)}")
+    if options.base:
+        print(f"\n{format_panel(results['panel'])}")
+    try:
+        from easylm_jax.evaluation_report import write_evaluation_report
+
+        print(f"\nreport: {write_evaluation_report(out)}")
+    except ImportError as error:
+        print(f"\nno report: {error}")
+    if any(task["status"] == "failed" for task in results["tasks"].values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "The model: a file or folder of any format.")
+    flags.DEFINE_list("tasks", None, "Tasks and recipes; see --list_tasks.")
+    flags.DEFINE_string("data", ".", "The folder of the tasks' data; errors say what is missing.")
+    flags.DEFINE_string("out", None, "Where results go; what is there already is gone on with.")
+    flags.DEFINE_integer("limit", None, "At most so many items of each task.", lower_bound=1)
+    flags.DEFINE_integer("shots", None, "Examples in the prompt; default: the task's.")
+    flags.DEFINE_string("base", None, "The model this one was tuned from, to compare with.")
+    flags.DEFINE_string("judge", None, "Of chat: a model, http(s)://HOST#MODEL, longest, always_a.")
+    flags.DEFINE_list("against", [], "Answers of others: files, or --out folders.")
+    flags.DEFINE_bool("allow_code_execution", False, "Run what the model writes, in a sandbox.")
+    flags.DEFINE_string("name", None, "Of the model in tables; default: the last part of --model.")
+    flags.DEFINE_string("template", None, "Of chat: a name or .json file; default: the model's.")
+    flags.DEFINE_string("tokenizer", None, "For a model without one: a file, folder or model.")
+    flags.DEFINE_string("mesh", None, "Such as 1,-1,1,1; default: parameters over all devices.")
+    flags.DEFINE_enum("dtype", "float32", typing.get_args(FloatName), "Of the arithmetic.")
+    flags.DEFINE_string("compare", None, "--compare A B: two --out folders, paired by item.")
+    flags.DEFINE_bool("list_tasks", False, "Show the tasks and recipes there are.")
+    run_main(main)

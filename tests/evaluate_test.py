@@ -1,0 +1,199 @@
+"""The command: what a run leaves behind, how it goes on, and what it says when it cannot."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import easylm_jax
+from easylm_jax import evaluate as command
+from easylm_jax.convert import write_native
+from easylm_jax.evals import runner
+from easylm_jax.evals.judge import parse_judge
+from easylm_jax.evals.results import read_results, read_samples
+from easylm_jax.evaluate import evaluate_path, judge_chat, plan, prepare
+from easylm_jax.text.tokenizer import ByteTokenizer
+from tests.loading_test import random_model
+from tests.tiny import tiny_config
+
+ROOT = Path(__file__).parents[1]
+DATA = str(ROOT / "experiments/quickstart/eval")
+CONFIG = tiny_config(vocab_size=264, max_seq_len=2048)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("model") / "tiny")
+    write_native(random_model(CONFIG, tokenizer=ByteTokenizer()), folder)
+    return folder
+
+
+def prepared(*tasks, limit=6, allow_code=False, data=DATA, shots=None):
+    jobs = plan(tasks, shots=shots)
+    return [prepare(job, data, limit=limit, allow_code=allow_code) for job in jobs]
+
+
+def run(model, out, *tasks, **options):
+    return evaluate_path(
+        model, prepared(*tasks, **options), str(out), name="tiny", template="plain"
+    )
+
+
+def headline(results, task):
+    rows = results["tasks"][task]["rows"]
+    return next(r for r in rows if r.metric == results["tasks"][task]["headline"])
+
+
+def test_accuracy_is_that_of_one_likelihood_at_a_time(model, tmp_path):
+    results = run(model, tmp_path, "hellaswag")
+    lm = easylm_jax.load(model)
+    right = []
+    for item in prepared("hellaswag")[0].items:
+        found = [lm.loglikelihood([pair])[0].log_prob for pair in item.pairs]
+        lengths = [len(continuation) - 1 for _, continuation in item.pairs]
+        right.append(np.argmax(np.array(found) / lengths) == item.gold)
+    row = headline(results, "hellaswag")
+    assert (row.value, row.n) == (np.mean(right), 6)
+    assert row.stderr == pytest.approx(np.std(right, ddof=1) / 6**0.5)
+    task = read_results(tmp_path)["tasks"]["hellaswag"]
+    assert (task["done"], task["total"], task["available"]) == (6, 6, 100)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_samples(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(runner.CHUNK, "choice", 2)
+    whole = run(model, tmp_path / "whole", "hellaswag", limit=8)
+    asked, ask = [], runner.choice.ask
+
+    def ask_and_die(lm, task, items, **options):
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.extend(item.id for item in items)
+        return ask(lm, task, items, **options)
+
+    monkeypatch.setattr(runner.choice, "ask", ask_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "killed", "hellaswag", limit=8)
+    with (tmp_path / "killed/samples/hellaswag.jsonl").open("a") as file:
+        file.write('{"id": "half a li')  # as a kill leaves it
+    asked.append("no more deaths")
+    again = run(model, tmp_path / "killed", "hellaswag", limit=8)
+    assert len(asked) == 5 + 4 and len(set(asked)) == 9
+    first, second = (
+        sorted(read_samples(tmp_path / name, "hellaswag"), key=lambda s: s["id"])
+        for name in ("whole", "killed")
+    )
+    assert first == second
+    assert whole["tasks"]["hellaswag"]["rows"] == again["tasks"]["hellaswag"]["rows"]
+
+
+def test_tasks_of_an_earlier_start_stay_and_another_model_is_refused(model, tmp_path):
+    run(model, tmp_path, "hellaswag", limit=2)
+    run(model, tmp_path, "mmlu", limit=6)
+    assert read_results(tmp_path)["tasks"].keys() == {"hellaswag", "mmlu"}
+    other = str(tmp_path / "other")
+    write_native(
+        random_model(tiny_config(vocab_size=264, d_ff=64), tokenizer=ByteTokenizer()), other
+    )
+    with pytest.raises(ValueError, match="results of another model"):
+        run(other, tmp_path, "hellaswag", limit=2)
+
+
+def test_a_task_that_fails_is_reported_and_the_others_go_on(model, tmp_path, capsys):
+    results = run(model, tmp_path, "piqa", "humaneval", "hellaswag", limit=2)
+    status = {name: task["status"] for name, task in results["tasks"].items()}
+    assert status == {"piqa": "failed", "humaneval": "failed", "hellaswag": "whole"}
+    reasons = [results["tasks"][name]["reason"] for name in ("piqa", "humaneval")]
+    assert "piqa/valid.jsonl" in reasons[0] and "--allow_code_execution" in reasons[1]
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_context_longer_than_the_models_fails_in_one_sentence(tmp_path):
+    short = str(tmp_path / "short")
+    write_native(random_model(tokenizer=ByteTokenizer()), short)  # 64 tokens
+    results = run(short, tmp_path / "out", "mmlu", limit=2)
+    task = results["tasks"]["mmlu"]
+    assert task["status"] == "failed" and "context of 64" in task["reason"]
+
+
+def test_recipes_name_their_shots_and_bring_published_numbers():
+    jobs = {job.name: job for job in plan(["llama1", "hellaswag"])}
+    assert {"nq_open_llama", "nq_open_llama_5shot", "nq_open_llama_64shot"} <= jobs.keys()
+    assert jobs["nq_open_llama_5shot"].shots == 5
+    assert {p["model"] for p in jobs["piqa"].published} >= {"LLaMA-7B", "LLaMA-65B"}
+
+
+@pytest.mark.parametrize("name, near", [("helaswag", "hellaswag"), ("llama", "llama1")])
+def test_an_unknown_name_has_its_nearest(name, near):
+    with pytest.raises(ValueError, match=near):
+        plan([name])
+
+
+@pytest.mark.parametrize("judge, longer_wins", [("always_a", 0.5), ("longest", 1.0)])
+def test_judges_that_do_not_read_are_exposed(model, tmp_path, judge, longer_wins):
+    jobs = prepared("vicuna_bench", limit=4)
+    evaluate_path(model, jobs, str(tmp_path / "a"), name="a", template="plain")
+    answers = tmp_path / "other.jsonl"
+    rows = [json.loads(x) for x in (tmp_path / "a/answers/vicuna_bench.jsonl").open()]
+    for row in rows:
+        row["model_id"], row["choices"] = "short", [{"turns": ["no"]}]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parsed = parse_judge(judge, load=easylm_jax.load)
+    chat = judge_chat(parsed, jobs, str(tmp_path / "a"), data=DATA, against=[str(answers)])
+    found = {row.metric: row.value for row in chat["vicuna_bench"]["rows"] if row.group == ""}
+    assert chat["vicuna_bench"]["against"] == "short"
+    assert found["win_rate"] == (0.5 if judge == "always_a" else 1.0)
+    assert found["ties"] == (1.0 if judge == "always_a" else 0.0)
+    assert found["longer_wins"] == longer_wins
+
+
+def test_the_command_with_a_base_ends_in_a_table_a_panel_and_a_report(model, tmp_path):
+    tuned = str(tmp_path / "tuned")
+    config = tiny_config(vocab_size=264, max_seq_len=2048, rope_theta=500.0)
+    write_native(random_model(config, tokenizer=ByteTokenizer()), tuned)
+    out = tmp_path / "out"
+    arguments = f"--model={tuned} --base={model} --tasks=hellaswag,vicuna_bench --data={DATA}"
+    arguments += f" --out={out} --limit=3 --template=plain --judge=longest"
+    done = call(*arguments.split())
+    assert done.returncode == 0, done.stderr
+    assert "3 of 100, PARTIAL" in done.stdout and "preference" in done.stdout
+    results = read_results(out)
+    kinds = [row[0] for row in results["panel"]["rows"]]
+    assert {"preference", "style", "ability"} == set(kinds)
+    assert (out / "report.html").stat().st_size > 10_000
+    compared = call("--compare", str(out / "base"), str(out))
+    assert "hellaswag" in compared.stdout and compared.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--tasks=hellaswag", "--out=x"], "--model is needed"),
+        (["--model=x", "--tasks=helaswag", "--out=x"], "hellaswag"),
+        (["--model=nowhere", "--tasks=hellaswag", f"--data={DATA}", "--out=x"], "nowhere"),
+        (["--model=x", "--tasks=humaneval", f"--data={DATA}", "--out=x"], "allow_code_execution"),
+        (["--compare", "nowhere"], "two --out folders"),
+        (["--compare", "nowhere", "neither"], "results.json"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(arguments, sentence, tmp_path):
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert sentence in done.stderr
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-m", "easylm_jax.evaluate", *arguments]
+    return subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_every_task_is_listed():
+    lines = list(command.list_tasks())
+    assert len(lines) > 24 and all(len(line) > 40 for line in lines)
