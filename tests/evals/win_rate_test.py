@@ -46,6 +46,7 @@ def test_the_error_of_clusters_is_that_of_their_means_and_more_than_the_naive_on
     of_question = rng.random(200)
     twice = np.repeat((of_question > 0.4).astype(float), 2)  # both turns come out alike
     found = mean(twice, [f"q{i // 2}" for i in range(400)])
+    assert found.stderr == pytest.approx(twice[::2].std(ddof=1) / np.sqrt(200), rel=1e-9)
     np.testing.assert_allclose(found[:2], mean(twice[::2])[:2])
     assert found.n == 200 and found.stderr > 1.4 * mean(twice).stderr
 
@@ -75,11 +76,18 @@ def test_length_control_finds_the_win_rate_of_equal_lengths():
 
 
 def test_length_control_takes_the_difficulty_into_account():
-    rng = np.random.default_rng(3)
-    delta, hard = rng.normal(0, 1, 20_000), rng.normal(0, 2, 20_000)
-    won = rng.random(20_000) < expit(0.5 + np.tanh(delta) - 1.5 * hard)
-    found = length_controlled(won.astype(float), delta, difficulty=hard).win_rate
-    assert found.value == pytest.approx(expit(0.5 - 1.5 * hard).mean(), abs=0.01)
+    """Where hard questions have long answers, and with an error that knows of their spread."""
+    rng, draws, true = np.random.default_rng(3), [], []
+    for _ in range(150):
+        hard = rng.normal(0, 2, 300)
+        delta = hard + rng.normal(0, 1, 300)
+        p = expit(0.5 + np.tanh(delta / delta.std(ddof=1)) - 1.5 * hard)
+        won = (rng.random(300) < p).astype(float)
+        draws.append(length_controlled(won, delta, difficulty=hard).win_rate)
+        true.append(expit(0.5 - 1.5 * hard).mean())
+    values = [d.value for d in draws]
+    assert np.mean(values) == pytest.approx(np.mean(true), abs=0.005)
+    assert np.mean([d.stderr for d in draws]) == pytest.approx(np.std(values), rel=0.15)
 
 
 @pytest.mark.parametrize("won", [0.0, 1.0])
