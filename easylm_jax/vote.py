@@ -424,7 +424,9 @@ def open_poll(answers: Sequence[str], questions: str, out: Path, *, seed: int = 
         raise ValueError(f"{answers[0]} and {answers[1]} are both answers of {a.model}")
     asked = read_questions(questions) if questions else a.questions | b.questions
     if not asked:
-        raise ValueError(f"{answers[0]} does not say what was asked: name the --questions")
+        raise ValueError(
+            f"{answers[0]} and {answers[1]} do not say what was asked: name the --questions"
+        )
     a, b = (_by_question(each, asked) for each in (a, b))
     both = {i: turns for i, turns in asked.items() if i in a.turns and i in b.turns}
     if not both:
@@ -467,7 +469,9 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_list("answers", None, "Two files of answers, FastChat's JSONL or AlpacaEval's.")
-    flags.DEFINE_string("questions", "", "What was asked; default: what the answers' files say.")
+    flags.DEFINE_string(
+        "questions", "", "A task's data, or samples of evaluate; default: what the answers say."
+    )
     flags.DEFINE_string("out", "votes.jsonl", "The votes; those that are there count.")
     flags.DEFINE_string("host", "127.0.0.1", "Serve this address; default: to this machine alone.")
     flags.DEFINE_integer("port", 0, "0 takes any that is free.")

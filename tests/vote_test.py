@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
     refuses("expected two", answers=arguments["answers"][:1])
     refuses("both answers of zebra-7b", answers=arguments["answers"][:1] * 2)
     refuses("missing.jsonl", answers=[arguments["answers"][0], str(tmp_path / "missing.jsonl")])
-    refuses("does not say what was asked", questions="")
+    refuses("do not say what was asked", questions="")
     other = tmp_path / "other.jsonl"
     row = {"question_id": 77, "model_id": "okapi", "choices": [{"turns": ["x"]}]}
     other.write_text(json.dumps(row) + "\n")
@@ -286,6 +286,35 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
     refuses("a vote on okapi and zebra-7b, not on quagga-7b and zebra-7b: name another --out")
     vote_file.write_text("[]\n")
     refuses(r"votes.jsonl:1 is no vote")
+
+
+def test_questions_and_answers_in_other_layouts(tmp_path):
+    """All that `evaluate` and the published sets have: one question, asked of two models."""
+
+    def write(name: str, *rows: dict) -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    layouts = [
+        {"question_id": 7, "turns": ["Why so?"]},  # FastChat
+        {"question_id": 7, "text": "Why so?"},  # the same before June 2023
+        {"id": "7", "prompt": "Why so?"},  # Koala
+        {"id": "7", "request": {"turns": ["Why so?"]}, "response": {}},  # evaluate's samples
+        {"id": "7", "instruction": "Why", "instances": [{"input": "so?", "output": "-"}]},
+    ]
+    old = write("old.jsonl", {"question_id": 7, "model_id": "old", "text": "Thus."})
+    new = write("new.jsonl", {"instruction": "Why  so?", "output": "So.", "generator": "new"})
+    for number, layout in enumerate(layouts):
+        questions = write("asked.jsonl", layout)
+        poll = open_poll([old, new], questions, tmp_path / f"{number}.jsonl")
+        state = poll.state("ann")
+        assert " ".join(state["question"][0].split()) == "Why so?"
+        assert {state["left"][0], state["right"][0]} == {"Thus.", "So."}
+        poll.close()
+    other = write("other.jsonl", {"instruction": "Why  so?", "output": "Well.", "generator": "x"})
+    poll = open_poll([new, other], "", tmp_path / "none.jsonl")  # nothing but AlpacaEval's
+    assert poll.state("ann")["question"] == ["Why  so?"]
+    poll.close()
 
 
 class Browser:
