@@ -9,7 +9,7 @@ which hold for root too, and none of which can be undone from inside:
     Landlock          reading: Python's own folders; writing: files in the current directory
     seccomp           a list of allowed system calls; everything else is "Operation not permitted".
                       Not on it: processes and threads, sockets, signals to anyone, programs,
-                      permissions, links, folders, mounts, ptrace, ioctl, fcntl, io_uring.
+                      permissions, links, folders, mounts, ptrace, fcntl, io_uring.
 
 Without Landlock (Linux before 5.13) seccomp forbids every opening for writing instead. It runs as a
 script and imports nothing of the project; the rest of the package never imports it but for tests.
@@ -44,7 +44,7 @@ getgid 104 176  getegid 108 177   getpgid 121 155     getsid 124 156    getrando
 umask 95 166    getcpu 309 168    getrusage 98 165    sysinfo 99 179    sched_getaffinity 204 123
 ppoll 271 73    pselect6 270 72   epoll_create1 291 20  epoll_ctl 233 21  epoll_pwait 281 22
 exit 60 93      exit_group 231 94 rt_sigaction 13 134 rt_sigprocmask 14 135  rt_sigreturn 15 139
-setitimer 38 103  getitimer 36 102  sigaltstack 131 132  restart_syscall 219 128
+ioctl 16 29     setitimer 38 103  getitimer 36 102  sigaltstack 131 132  restart_syscall 219 128
 """
 _ALLOWED_WITH_LANDLOCK = "unlinkat 263 35  renameat 264 38  renameat2 316 276"
 _ALLOWED_X86_64 = """
@@ -66,34 +66,37 @@ def allowed_calls(machine: str, *, landlock: bool) -> dict[str, int]:
 
 
 def seccomp_filter(machine: str, *, landlock: bool) -> bytes:
-    """The BPF program: architecture, then the flags of openat, then the list. See seccomp(2)."""
+    """The BPF program, see seccomp(2): the architecture, two calls' arguments, then the list."""
     load, bit_and, equal, any_bit, give = 0x20, 0x54, 0x15, 0x45, 0x06
     allow, refuse, kill = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x50001), (give, 0, 0, 1 << 31)
     calls = allowed_calls(machine, landlock=landlock)
-    openat = calls.pop("openat")
+
+    def check(call: str, argument: int, tests: list, *, then: tuple, otherwise: tuple) -> list:
+        """If it is that call: what `then` says where a test of the argument is true."""
+        jumps = [0 if test == bit_and else len(tests) - i for i, (test, _) in enumerate(tests)]
+        return [
+            (equal, 0, len(tests) + 3, calls.pop(call)),
+            (load, 0, 0, 16 + 8 * argument),
+            *((test, jump, 0, value) for (test, value), jump in zip(tests, jumps, strict=True)),
+            otherwise,
+            then,
+        ]
+
     if landlock:  # until Linux 6.2 it overlooks O_TRUNC without write access, and access mode 3
-        odd = [(equal, os.O_TRUNC), (equal, os.O_TRUNC | 3)]
+        flags = [(bit_and, 3 | os.O_TRUNC), (equal, os.O_TRUNC), (equal, os.O_TRUNC | 3)]
     else:
-        odd = [(any_bit, 3 | os.O_CREAT | os.O_TRUNC)]
-    check_flags = [
-        (load, 0, 0, 32),  # lower half of the third argument
-        (bit_and, 0, 0, 3 | os.O_CREAT * (not landlock) | os.O_TRUNC),
-        *((test, len(odd) - i, 0, flags) for i, (test, flags) in enumerate(odd)),
-        allow,
-        refuse,
-    ]
+        flags = [(any_bit, 3 | os.O_CREAT | os.O_TRUNC)]
+    close_on_exec = [(equal, 0x5451)]  # FIOCLEX, of files opened by way of tempfile
     program = [
-        (load, 0, 0, 4),  # the architecture
+        (load, 0, 0, 4),
         (equal, 1, 0, _AUDIT_ARCH[machine]),
         kill,
-        (load, 0, 0, 0),  # the call's number
-        (equal, 0, len(check_flags), openat),
-        *check_flags,
-        *((equal, len(calls) - i, 0, number) for i, number in enumerate(calls.values())),
-        refuse,
-        allow,
+        (load, 0, 0, 0),
+        *check("openat", 2, flags, then=refuse, otherwise=allow),
+        *check("ioctl", 1, close_on_exec, then=allow, otherwise=refuse),
     ]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    program += [(equal, len(calls) - i, 0, number) for i, number in enumerate(calls.values())]
+    return b"".join(struct.pack("HBBI", *line) for line in [*program, refuse, allow])
 
 
 def landlock_version() -> int:
