@@ -421,7 +421,9 @@ def open_poll(answers: Sequence[str], questions: str, out: Path, *, seed: int = 
         raise ValueError(f"--answers names {len(answers)} files: expected two, --answers=A,B")
     a, b = (read_answers(path) for path in answers)
     if a.model == b.model:
-        raise ValueError(f"{answers[0]} and {answers[1]} are both answers of {a.model}")
+        raise ValueError(
+            f"{answers[0]} and {answers[1]} are both answers of {a.model}: name two models"
+        )
     asked = read_questions(questions) if questions else a.questions | b.questions
     if not asked:
         raise ValueError(
