@@ -374,7 +374,14 @@ def fill(template: Any, doc: Doc, *, where: str) -> Any:
         return template
     try:
         value = _compiled(template)(doc)
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (
+        jinja2.TemplateError,
+        re.error,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{where}: {template[:60]!r} cannot be filled ({reason}); the fields are "

@@ -40,6 +40,7 @@ def response_of(log_probs, *, tokens=(1, 1, 1), greedy=(False, False, False), un
         ("acc", response_of([-2.0, -3.0, -2.5]), 0),
         ("acc_norm", response_of([-2.0, -3.0, -2.5]), 1),  # -2, -0.27, -0.83
         ("acc_norm", response_of([-2.0, -9.9, -2.5]), 2),  # -0.9 with 11 characters, -0.83
+        ("acc_norm", response_of([-1.0, -8.8, -9.0]), 1),  # -1, -0.8; with the space -0.5, -0.73
         ("acc_bytes", response_of([-2.0, -9.0, -4.5]), 2),  # -0.82 with 11 bytes, -0.75
         ("acc_tokens", response_of([-2.0, -3.0, -6.0], tokens=[1, 2, 5]), 2),  # -2, -1.5, -1.2
         ("acc_uncond", response_of([-2.0, -3.0, -2.5], unconditional=[-2.0, -3.0, -2.6]), 2),
@@ -54,13 +55,13 @@ def test_likeliest(metric, response, best):
 
 def test_truthfulqa():
     task = find_task("truthfulqa")
-    log_probs = [math.log(p) - 700 for p in (0.1, 0.4, 0.3)]
+    log_probs = [math.log(p) - 800 for p in (0.35, 0.4, 0.05)]  # their exponentials are 0
     item = item_of({"best": 0, "labels": [1, 1, 0]})
     scores = choice.score(task, item, response_of(log_probs))
-    assert scores["mc1"] == (0.0, 1.0)  # its rival is false; the other true one does not help
-    assert scores["mc2"] == (pytest.approx(0.5 / 0.8), 1.0)
-    item = item_of({"best": 1, "labels": [1, 1, 0]})
-    assert choice.score(task, item, response_of(log_probs))["mc1"] == (1.0, 1.0)
+    assert scores["mc1"] == (1.0, 1.0)  # the other true one is no rival
+    assert scores["mc2"] == (pytest.approx(0.75 / 0.8), 1.0)
+    item = item_of({"best": 0, "labels": [1, 0, 1]})
+    assert choice.score(task, item, response_of(log_probs))["mc1"] == (0.0, 1.0)
 
 
 def test_last_word():

@@ -105,19 +105,19 @@ ARC_PAIRS = tuple(
 )
 OBQA_TSV = (
     "ID\tQuestion Stem\tChoices\tComplete Question\tAnswer Key\n"
-    '7-9\tThe "sun\t(A) is hot (B) is a (star) (C) is old (D) sets\tThe "sun (A) is ...\tC\n'
+    '7-9\t"The sun\t(A) is hot (B) is a (star) (C) is old (D) sets\t"The sun (A) is ...\tC\n'
 )
 OBQA_CHOICES = ["is hot", "is a (star)", "is old", "sets"]
 OBQA = {
     "question": {
-        "stem": 'The "sun',
+        "stem": '"The sun',
         "choices": [
             {"text": text, "label": label} for text, label in zip(OBQA_CHOICES, "ABCD", strict=True)
         ],
     },
     "answerKey": "C ",
 }
-OBQA_PAIRS = tuple(('The "sun', f" {choice}") for choice in OBQA_CHOICES)
+OBQA_PAIRS = tuple(('"The sun', f" {choice}") for choice in OBQA_CHOICES)
 WINO_PAIRS = (
     ("The trophy did not fit as the trophy", " was too _big."),
     ("The trophy did not fit as the case", " was too _big."),
