@@ -13,6 +13,7 @@ work on ids (`sampler.py` continues prompts, `scoring.py` rates them) or a serve
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,7 @@ from easylm_jax.sampler import (
     inference_model,
     num_row_shards,
     pad_prompts,
+    read_prefix,
 )
 from easylm_jax.scoring import Scored, score
 from easylm_jax.sharding import constrain
@@ -56,6 +58,9 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+
+MIN_PREFIX_WORK = 512  # tokens; reading a prefix apart compiles a program of its own
 
 
 class Likelihood(NamedTuple):
@@ -202,6 +207,10 @@ class LanguageModel:
         named = {specials[s] for s in stop if s in specials}
         ends = sorted({self._tokenizer.eos_id, *self.stop_ids, *stop_ids, *named})
         stop = [s for s in stop if s not in specials]
+        common, prefix = _common_prefix(rows), None
+        if common:
+            with self._on_mesh():
+                prefix = read_prefix(self.params, rows[0][:common], config=self.config)
         done: dict[int, list[Completion]] = {}
         for batch in _batches(list(map(len, rows)), batch_size):
             most = [min(limits[i], self.config.max_seq_len - len(rows[i])) for i in batch]
@@ -210,7 +219,7 @@ class LanguageModel:
             with self._on_mesh():
                 made = generate(
                     self.params,
-                    [rows[i] for i in batch],
+                    [rows[i][common:] for i in batch],
                     config=self.config,
                     sampling=sampling,
                     seeds=[seeds[place] for place in places],
@@ -218,6 +227,7 @@ class LanguageModel:
                     vocab_size=self._tokenizer.vocab_size,
                     stop_ids=ends,
                     samples=n,
+                    prefix=prefix,
                     callback=functools.partial(_show, writers) if stop or on_text else None,
                 )
             _show(writers, made, last=True)
@@ -393,7 +403,8 @@ class LanguageModel:
             self._check(ids, room=-1)
             rows.append(Scored(ids, len(context)))
         with self._on_mesh():
-            scored = score(self.params, rows, config=self.config, on_done=on_done)
+            heard = (lambda done: on_done(len(done))) if on_done else None
+            scored = score(self.params, rows, config=self.config, on_done=heard)
         return [_likelihood([one]) for one in scored]
 
     def loglikelihood_rolling(
@@ -416,15 +427,22 @@ class LanguageModel:
                 first = max(end - 1 - size, 0)
                 windows.append(Scored(tuple(row[first:end]), start - first))
                 owners.append(owner)
-        left = np.bincount(owners, minlength=len(texts))
+        left = np.bincount(np.array(owners, int), minlength=len(texts))
+
+        def on_windows(done: Sequence[int]) -> None:
+            before = (left == 0).sum()
+            np.subtract.at(left, [owners[i] for i in done], 1)
+            if on_done and (finished := int((left == 0).sum() - before)):
+                on_done(finished)
+
         if on_done and (empty := int((left == 0).sum())):
             on_done(empty)
         with self._on_mesh():
-            scored = score(self.params, windows, config=self.config)
-        return [
-            _likelihood([one for one, o in zip(scored, owners, strict=True) if o == owner])
-            for owner in range(len(texts))
-        ]
+            scored = score(self.params, windows, config=self.config, on_done=on_windows)
+        parts: list[list] = [[] for _ in texts]
+        for owner, one in zip(owners, scored, strict=True):
+            parts[owner].append(one)
+        return [_likelihood(own) for own in parts]
 
     @property
     def _prefix_id(self) -> int:
@@ -546,6 +564,13 @@ def _show(writers: Sequence[_Writer], made: Generated, *, last: bool = False) ->
     rows = zip(writers, made.tokens, made.count, strict=True)
     ended = [writer.show(ids[:count].tolist(), last=last) for writer, ids, count in rows]
     return [row for row, stop in enumerate(ended) if stop]
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids all rows begin with, and at least one more follows; 0 if it is little work."""
+    common = len(os.path.commonprefix(list(rows)))  # works on any sequences
+    common = min([common, *(len(row) - 1 for row in rows)])
+    return common if common * (len(rows) - 1) >= MIN_PREFIX_WORK else 0
 
 
 def _check_counts(**counts: int) -> None:

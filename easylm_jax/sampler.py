@@ -1,6 +1,7 @@
 """Continue prompts token by token with a key/value cache. Knows token ids only, no text.
 
-`prefill` reads all prompts at once, padded to one length, and picks the first token of each.
+`prefill` reads all prompts at once, padded to one length, and picks the first token of each; what
+many prompts begin with is read once, by `read_prefix`.
 `decode` is a `lax.while_loop` on the devices that goes on until a number of tokens or until every
 row has ended. `generate` calls both, in pieces if somebody watches: to print the tokens, or to stop
 rows. What is picked for a row depends on its own prompt and seed, never on its neighbours. Chat,
@@ -224,6 +225,52 @@ def inference_model(params: Params, config: LlamaConfig) -> Llama:
     return Llama(dataclasses.replace(config, scan_layers="layers" in params, remat="none"))
 
 
+@flax.struct.dataclass
+class Prefix:
+    """Ids that all prompts of some batches begin with, and their keys and values; rows alike."""
+
+    tokens: Int[Array, "R P"]  # padded on the right
+    length: Int[Array, ""]
+    cache: KVCache
+
+
+def read_prefix(params: Params, ids: Sequence[int], *, config: LlamaConfig) -> Prefix:
+    """Read once what `generate` shall put before every prompt."""
+    tokens, lengths = pad_prompts([ids], rows_multiple=num_row_shards())
+    return _read_prefix(params, tokens, lengths, config=config)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _read_prefix(
+    params: Params, tokens: Int[Array, "R P"], lengths: Int[Array, " R"], *, config: LlamaConfig
+) -> Prefix:
+    model = inference_model(params, config)
+    R, P = tokens.shape
+    slots = jnp.broadcast_to(jnp.arange(P)[None], (R, P))
+    segments = (slots < lengths[:, None]).astype(jnp.int32)
+    empty = init_cache(model.config, R, P)
+    _, cache = model.apply({"params": params}, tokens, segments, slots, cache=empty)
+    return Prefix(tokens, lengths[0], cache)
+
+
+def _begin_with(prefix: Prefix, cache: KVCache, rows_axis: int) -> KVCache:
+    """The empty `cache` with the prefix in the first slots of every row."""
+
+    def put(empty: Array, own: Array, axis: int = 0) -> Array:
+        shape = [*own.shape]
+        shape[axis] = empty.shape[axis]
+        one = jax.lax.slice_in_dim(own, 0, 1, axis=axis)
+        return jax.lax.dynamic_update_slice(empty, jnp.broadcast_to(one, shape), [0] * empty.ndim)
+
+    own = prefix.cache
+    return KVCache(
+        layers=jax.tree.map(functools.partial(put, axis=rows_axis), cache.layers, own.layers),
+        segment_ids=put(cache.segment_ids, own.segment_ids),
+        positions=put(cache.positions, own.positions),
+        index=own.index,
+    )
+
+
 def _add_token(params: Params, state: State, hidden_BD: Array, settings: Settings) -> State:
     """Give the rows that go on their token `state.index`; `hidden_BD` is of the token before it."""
     logits_BV = output_logits(params, hidden_BD[:, None])[:, 0]
@@ -254,29 +301,41 @@ def prefill(
     config: LlamaConfig,
     capacity: int,
     samples: int = 1,
+    prefix: Prefix | None = None,
 ) -> State:
     """Read the prompts, pick the first token of each row; it may get `capacity` tokens at most.
 
-    Prompt b is `prompts[b, :lengths[b]]`; padding takes cache slots that nothing attends to. With
-    `samples` each prompt becomes that many rows, next to one another; `settings` is of the rows.
+    Prompt b is `prefix`, if there is one, then `prompts[b, :lengths[b]]`; padding takes cache slots
+    that nothing attends to. With `samples` each prompt becomes that many rows, next to one another;
+    `settings` is of the rows.
     """
     B, T = prompts.shape
     model = inference_model(params, config)
     prompts = constrain(prompts, BATCH_AXES, None)
     slots = jnp.arange(T)[None]
     segments = (slots < lengths[:, None]).astype(jnp.int32)
+    before = 0 if prefix is None else prefix.tokens.shape[1]
+    cache = init_cache(model.config, B, before + T + capacity)
+    rows_axis = 1 if model.config.scan_layers else 0
+    if prefix is not None:
+        cache = _begin_with(prefix, cache, rows_axis)
+    first = 0 if prefix is None else prefix.length
     hidden, cache = model.apply(
         {"params": params},
         prompts,
         segments,
-        jnp.broadcast_to(slots, (B, T)),
-        cache=init_cache(model.config, B, T + capacity),
+        jnp.broadcast_to(first + slots, (B, T)),
+        cache=cache,
     )
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    lengths = first + lengths
     seen = None
     if settings.penalises:
         # Padding marks an id past the end of the vocabulary, which is dropped.
         ids = jnp.where(segments == 1, prompts, config.vocab_size)
+        if prefix is not None:
+            known = jnp.where(jnp.arange(before) < first, prefix.tokens[0], config.vocab_size)
+            ids = jnp.concatenate([jnp.broadcast_to(known[None], (B, before)), ids], axis=1)
         seen = jnp.zeros((B, config.vocab_size), bool)
         seen = seen.at[jnp.arange(B)[:, None], ids].set(True, mode="drop")
     if samples > 1:
@@ -285,7 +344,7 @@ def prefill(
             return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=axis), tree)
 
         cache = cache.replace(
-            layers=repeat(cache.layers, axis=1 if model.config.scan_layers else 0),
+            layers=repeat(cache.layers, axis=rows_axis),
             segment_ids=repeat(cache.segment_ids),
             positions=repeat(cache.positions),
         )
@@ -355,10 +414,11 @@ def generate(
     vocab_size: int,
     stop_ids: Sequence[int] = (),
     samples: int = 1,
+    prefix: Prefix | None = None,
     callback: Callback | None = None,
     chunk: int = 8,
 ) -> Generated:
-    """Up to `max_new_tokens` ids after each prompt, `samples` rows per prompt.
+    """Up to `max_new_tokens` ids after `prefix` and each prompt, `samples` rows per prompt.
 
     Works on any mesh that `jax.set_mesh` has set. `seeds` has one number per row, and so may
     `max_new_tokens`; a row's tokens are a function of its prompt and its seed. `callback` sees what
@@ -385,6 +445,7 @@ def generate(
         config=config,
         capacity=bucket(longest),
         samples=samples,
+        prefix=prefix,
     )
 
     def so_far() -> Generated:

@@ -43,6 +43,8 @@ from easylm_jax.sampler import num_row_shards
 from easylm_jax.sharding import constrain
 
 MIN_SHARED = 12  # tokens; to share fewer saves less than one more level of the tree costs
+PARENTS = 2  # times as many tokens of nodes with children, so that these make full batches
+MAX_PADDING = 1 / 8  # of `batch_tokens`; another batch costs as much, in the reading of parameters
 SLOTS_PER_TOKEN = 16  # of `batch_tokens`: how many slots of ancestors are laid out at once
 
 
@@ -62,12 +64,12 @@ def score(
     *,
     config: LlamaConfig,
     batch_tokens: int = 2048,
-    on_done: Callable[[int], None] | None = None,
+    on_done: Callable[[list[int]], None] | None = None,
 ) -> list[Rated]:
     """log p of each of ids[start:] given all ids before it, and whether it is the best guess.
 
     Works on any mesh that `jax.set_mesh` has set, with stacked layers or not. About `batch_tokens`
-    tokens are read at once. `on_done` hears how many rows were finished since the last call.
+    tokens are read at once. `on_done` hears which rows were finished since the last call.
     """
     rated = [np.zeros((2, len(ids) - start), np.float32) for ids, start in rows]
     missing = [len(ids) - start for ids, start in rows]
@@ -75,12 +77,13 @@ def score(
         _prefix_tree(rows), ()
     ):
         asked = [places for node in batch for places in node.asked.values()]
-        finished = 0
+        finished = []
         for log_prob, best, places in zip(log_probs, is_best, asked, strict=True):
             for row, column in places:
                 rated[row][:, column] = log_prob, best
                 missing[row] -= 1
-                finished += missing[row] == 0
+                if missing[row] == 0:
+                    finished.append(row)
         if on_done and finished:
             on_done(finished)
     return [(log_probs, is_best > 0) for log_probs, is_best in rated]
@@ -188,12 +191,15 @@ class _Reader:
         The keys and values of a batch are kept only until its descendants have been read.
         """
         width = sum(level.positions.shape[1] for level in past)
-        todo = sorted(nodes, key=lambda node: -len(node.ids))  # little padding; full batches first
+        todo = sorted(nodes, key=lambda node: (not node.children, -len(node.ids)))
         while todo:
             T = _size(len(todo[0].ids), self._columns, 8)
-            most = min(self._batch_tokens // T, SLOTS_PER_TOKEN * self._batch_tokens // (width + T))
+            tokens = self._batch_tokens * (PARENTS if todo[0].children else 1)
+            most = min(tokens // T, SLOTS_PER_TOKEN * self._batch_tokens // (width + T))
             most = max(most // self._rows, 1) * self._rows
-            batch, todo = todo[:most], todo[most:]
+            padding = itertools.accumulate(T - len(node.ids) for node in todo[:most])
+            num = max(sum(n <= MAX_PADDING * tokens for n in padding), 1)
+            batch, todo = todo[:num], todo[num:]
             B = min(_size(len(batch), self._rows, 4), most)
             children = [child for node in batch for child in node.children]
             hidden, level = self._forward(batch, B, T, past, keep=bool(children))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from easylm_jax.language_model import LanguageModel
+from easylm_jax.language_model import GenerationRequest, LanguageModel
 from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import PARAM_RULES, init_params
 from easylm_jax.sharding import tree_shardings
@@ -59,6 +59,103 @@ def test_likelihoods_are_sums_of_log_softmax():
         np.testing.assert_allclose(found.log_prob, sum(own), rtol=1e-5)
         assert (found.is_greedy, found.num_tokens) == (all(best), len(own))
     assert found.is_greedy
+
+
+def _log_prob(ids, start):
+    """Summed log p of ids[start:], and whether each is the best guess, by one full forward."""
+    table = _log_softmax(ids[:-1])
+    own = [table[i - 1, ids[i]] for i in range(start, len(ids))]
+    return sum(own), all(table[i - 1].argmax() == ids[i] for i in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 150])
+def test_a_rolling_likelihood_counts_every_token_once(length):
+    """By hand: windows of 64 ids that follow one another, the last one ends with the text."""
+    text = "".join(chr(c) for c in np.random.default_rng(length).integers(97, 123, length))
+    row = [1, *LM.tokenizer.encode(text)]
+    starts = range(1, len(row), 64)
+    by_hand = 0.0
+    for start in starts:
+        end = min(start + 64, len(row))
+        by_hand += _log_prob(row[max(end - 65, 0) : end], start - max(end - 65, 0))[0]
+    heard = []
+    short, found, empty = LM.loglikelihood_rolling(["cat", text, ""], on_done=heard.append)
+    np.testing.assert_allclose(found.log_prob, by_hand, rtol=1e-5)
+    assert found.num_tokens == length and not found.is_greedy
+    np.testing.assert_allclose(short.log_prob, _log_prob([1, 102, 100, 119], 1)[0], rtol=1e-5)
+    assert tuple(empty) == (0.0, True, 0)
+    assert sum(heard) == 3
+
+
+def test_what_does_not_fit_is_refused_or_cut_on_the_left():
+    rng = np.random.default_rng(0)
+    context, continuation = rng.integers(3, 99, 90).tolist(), rng.integers(3, 99, 20).tolist()
+    heard = []
+    pairs = [(context, continuation), (context[:3], continuation)]
+    cut, short = LM.loglikelihood_tokens(pairs, truncate=True, on_done=heard.append)
+    np.testing.assert_allclose(
+        cut.log_prob, _log_prob((context + continuation)[-65:], 45)[0], rtol=1e-5
+    )
+    (alone,) = LM.loglikelihood_tokens(pairs[1:])
+    np.testing.assert_allclose(short.log_prob, alone.log_prob, rtol=1e-5)
+    assert sum(heard) == 2
+    LM.loglikelihood_tokens([(context[:45], continuation)])  # the last id is never read
+    for wrong in [(context[:46], continuation), ([], continuation), (context[:3], [])]:
+        with pytest.raises(ValueError, match="do not fit|at least"):
+            LM.loglikelihood_tokens([wrong])
+    with pytest.raises(ValueError, match="do not fit"):
+        LM.loglikelihood_tokens([(context, context)], truncate=True)
+
+
+def test_bos_or_eos_stands_for_an_empty_context():
+    ids = LM.tokenizer.encode(" cat")
+    without = ByteTokenizer()
+    without.bos_id, without.add_bos = None, False
+    for tokenizer, first in ((ByteTokenizer(), 1), (without, 2)):
+        found = _model(tokenizer=tokenizer).loglikelihood([("", " cat"), (" ", "cat")])
+        for one in found:
+            np.testing.assert_allclose(one.log_prob, _log_prob([first, *ids], 1)[0], rtol=1e-5)
+
+
+def test_requests_get_what_they_would_get_alone():
+    """In batches, with a long beginning in common that is read once, and in their own order."""
+    shots = "a shot and another shot, " * 2 + "so "
+    requests = [
+        GenerationRequest(shots + chr(97 + i), max_new_tokens=2 + i % 4, seed=i, temperature=0.9)
+        for i in range(12)
+    ]
+    requests[3] = dataclasses.replace(requests[3], n=2)
+    requests[5] = dataclasses.replace(requests[5], temperature=0.0, until=("e", "</s>"))
+    requests[7] = GenerationRequest((5, 6, 7), max_new_tokens=3)
+    for together in (requests, [r for r in requests if r.temperature and r.n == 1]):
+        heard = []
+        made = LM.generate_until(together, batch_size=4, on_done=heard.append)
+        assert sum(heard) == len(together)
+        for request, completions in zip(together, made, strict=True):
+            prompt = request.prompt
+            options = dict(n=request.n, seed=request.seed, stop=request.until)
+            options |= dict(temperature=request.temperature, top_p=request.top_p)
+            prompts = [prompt] if isinstance(prompt, str) else [list(prompt)]
+            alone = LM.generate(prompts, max_new_tokens=request.max_new_tokens, **options)
+            _same(completions, alone)
+    long = GenerationRequest("x" * 200, max_new_tokens=9)
+    (((cut,),), ((tail,),)) = (
+        LM.generate_until([long], truncate=True),
+        LM.generate_until([GenerationRequest((123,) * 55, max_new_tokens=9)]),
+    )
+    assert cut.ids == tail.ids and len(cut.ids) == 9
+    with pytest.raises(ValueError, match="do not fit"):
+        LM.generate_until([long])
+    with pytest.raises(ValueError, match="n = 0 must be"):
+        GenerationRequest("x", n=0)
+
+
+def test_conversations_in_batches_are_answered_as_alone():
+    conversations = [[{"role": "user", "content": c}] for c in ("hi", "longer than that", "go")]
+    heard = []
+    options = dict(max_new_tokens=8, seed=3)
+    said = LM.chat_batch(conversations, batch_size=2, on_done=heard.append, **options)
+    assert said == [LM.chat(c, **options) for c in conversations] and heard == [2, 1]
 
 
 def test_log_probs_are_those_of_the_model_whatever_the_sampling():

@@ -1,5 +1,6 @@
 """Generating with a cache against full forwards; rules of picking against transformers."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -20,6 +21,7 @@ from easylm_jax.sampler import (
     pad_prompts,
     penalise,
     prefill,
+    read_prefix,
 )
 from easylm_jax.sharding import tree_shardings
 from tests.tiny import BLOCKS, VOCAB, assert_close, tiny_config, tiny_params
@@ -132,6 +134,29 @@ def test_a_mesh_changes_nothing(mesh):
             got = run(params=params, **options)
         np.testing.assert_array_equal(got.tokens, expected.tokens)
         assert_close(got.log_probs, expected.log_probs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh, attention",
+    [(None, BLOCKS), (None, WINDOW), pytest.param("1,2,2,2", BLOCKS, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_prefix_read_once_is_as_if_every_prompt_began_with_it(mesh, attention):
+    shared = np.random.default_rng(1).integers(0, VOCAB, 21).tolist()  # padded to 32
+    config = tiny_config(attention=attention)
+    penalty = SamplingConfig(temperature=0.8, repetition_penalty=1.5)
+    options = dict(config=config, sampling=penalty, samples=2, seeds=range(6))
+    whole = run([shared + prompt for prompt in PROMPTS], **options)
+    for params in (tiny_params(), unstack_layers(tiny_params())):
+        with contextlib.ExitStack() as stack:
+            if mesh:
+                mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+                params = jax.device_put(params, tree_shardings(params, mesh, PARAM_RULES))
+                stack.enter_context(jax.set_mesh(mesh))
+            prefix = read_prefix(params, shared, config=config)
+            got = run(PROMPTS, params=params, prefix=prefix, **options)
+        np.testing.assert_array_equal(got.tokens, whole.tokens)
+        assert_close(got.log_probs, whole.log_probs, rtol=1e-5)
 
 
 def test_a_stop_id_or_the_watcher_ends_a_row_and_no_other():
