@@ -58,9 +58,9 @@ def score(task: Task, item: Item, response: Mapping[str, Any]) -> dict[str, tupl
 
 
 def _metric(metric: str, task: Task, item: Item, texts: Sequence[str]) -> float:
-    normalise, normalise_gold = _normalisers(task.normaliser, metric)
+    normalise = _normaliser(task.normaliser, metric)
     gold = [item.gold] if isinstance(item.gold, str) else item.gold
-    right = {normalise_gold(answer) for answer in gold}
+    right = {normalise(answer) for answer in gold}
     answers = [normalise(text) for text in texts]
     if metric.startswith("maj@"):
         most = Counter(filter(None, answers)).most_common(1)
@@ -68,16 +68,10 @@ def _metric(metric: str, task: Task, item: Item, texts: Sequence[str]) -> float:
     return sum(answer in right for answer in answers) / len(answers)
 
 
-Normaliser = Callable[[str], str]
-
-
-def _normalisers(name: str, metric: str) -> tuple[Normaliser, Normaliser]:
-    """For what the model wrote, and for the right answers."""
+def _normaliser(name: str, metric: str) -> Callable[[str], str]:
     if name == "number":
-        is_strict = metric == "exact_match"
-        return (strict_number if is_strict else flexible_number), strict_number
-    same = {"harness": harness, "harness_nq": harness_nq, "llama": llama}[name]
-    return same, same
+        return strict_number if metric == "exact_match" else flexible_number
+    return {"harness": harness, "harness_nq": harness_nq, "llama": llama}[name]
 
 
 def harness(text: str) -> str:

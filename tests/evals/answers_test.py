@@ -63,9 +63,9 @@ def test_numbers(text, strict, flexible):
 
 
 def test_votes():
-    texts = ["#### 7", "it is 1500", "#### 1500", "no idea", "no", "#### 9"]
-    scores = score("gsm8k", GOLD, *texts, n=6)
-    assert scores == {"exact_match": 1 / 6, "flexible_match": 2 / 6, "maj@6": 1.0}
+    texts = ["#### 7", "it is 1500", "#### 1500", "no idea", "no", "#### 9", "none"]
+    scores = score("gsm8k", GOLD, *texts, n=7)
+    assert scores == {"exact_match": 1 / 7, "flexible_match": 2 / 7, "maj@7": 1.0}
     assert score("gsm8k", GOLD, "#### 7", "#### 1500", n=2)["maj@2"] == 0.0  # the first counts
     assert score("gsm8k", GOLD, "no", "none", n=2)["maj@2"] == 0.0
 
