@@ -153,7 +153,7 @@ def test_a_killed_judging_goes_on_where_it_was(tmp_path):
     assert len(asked) == 121
     # Another judge, another answer, or the models' places changed: these are other judgements.
     judge_pairs(judge_by(counted, name="other"), a, b, questions[:5], str(path))
-    changed = Answers("m", a.turns | {"7": ["worth 9"]})
+    changed = Answers("m", a.turns | {"7": [a.turns["7"][0].replace("x", "y")]})  # as long
     judge_pairs(judge_by(counted), changed, b, questions, str(path))
     judge_pairs(judge_by(counted), b, a, questions[:5], str(path))
     assert len(asked) == 121 + 10 + 2 + 10
