@@ -32,6 +32,7 @@ def score(name, gold, *texts, n=None):
         (" Theatles", 0, 0, 0),
         (" Ringo Starr", 1, 1, 1),
         (" RingoStarr", 0, 0, 0),
+        (" Ringo the Starr", 1, 1, 0),
         ("", 0, 0, 0),
     ],
 )
