@@ -401,7 +401,7 @@ def _chat_table(chat: Mapping[str, Any]) -> dict[str, Any] | None:
         if told["rows"]
     }
     metrics = list(dict.fromkeys(metric for of_it in found.values() for metric in of_it))
-    metrics.sort(key=lambda m: [*JUDGED, *metrics].index(m))
+    metrics = sorted(metrics, key=[*JUDGED, *metrics].index)
     heads = [
         {"name": name, "against": chat[name].get("against"), "judge": chat[name]["judge"]}
         for name in found

@@ -67,6 +67,7 @@ def write_run(out, *, scale=1.0):
     row = {"group": "", "shots": 0, "normaliser": "none", "prompt_hash": "", "n": 80}
     rows = [row | {"metric": "lc_win_rate", "value": 0.55, "stderr": 0.06}]
     rows += [row | {"metric": "parse_failures", "value": 0.0125, "stderr": None}]
+    rows += [row | {"metric": "of_a_later_version", "value": 7.0, "stderr": 1.0}]
     elo = {"koala": {"rating": 1041.2, "low": 1020.0, "high": 1065.0, "games": 320}}
     results["chat"] = {
         "koala": {"judge": "longest", "against": "base", "rows": rows, "reason": ""},
@@ -106,7 +107,7 @@ def test_the_page_says_what_the_files_say(realistic):
         "nq PARTIAL exact_match 10.0 % ± 4.3 50 of 3,610, PARTIAL",
         "word_perplexity 4.482",  # exp((6 + 3) / 6)
         "Win rate at equal length 55.0 % ± 6.0",
-        "No verdict to be read 1.2 %",
+        "No verdict to be read 1.2 % of_a_later_version 7.000 ± 1",
         "koala 1041 1020 to 1065 320",
         "expected: [\"he\", \"she\"]",
         "Over checkpoints",
