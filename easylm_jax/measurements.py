@@ -103,7 +103,7 @@ class Measurements:
                 seq_len=seq_len,
                 rows=rows,
             )
-        self._tasks = _tasks(cfg)
+        self._tasks = measured_tasks(cfg)
         self._template = template
         self._prompts = _prompts(cfg.prompts, data, template, tokenizer)
         end = end_token(template) if template else None
@@ -147,8 +147,12 @@ class Measurements:
         return [{"prompt": p, "text": t} for p, t in zip(self._prompts, texts, strict=True)]
 
 
-def _tasks(cfg: EvalConfig) -> list[tuple[Task, list[Item]]]:
-    """Tasks that are measured as they train, with their items."""
+def measured_tasks(cfg: EvalConfig) -> list[tuple[Task, list[Item]]]:
+    """The tasks of `cfg` and their items.
+
+    Raises:
+      ValueError: an unknown task, or one that cannot be asked in training; data that are not there.
+    """
     tasks = [find_task(name) for name in cfg.tasks]
     for task in tasks:
         if task.kind not in MEASURED:

@@ -1,5 +1,6 @@
 """The command: what a run leaves behind, how it goes on, and what it says when it cannot."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,17 +13,23 @@ import pytest
 import easylm_jax
 from easylm_jax import evaluate as command
 from easylm_jax.convert import write_native
+from easylm_jax.data.source import DataConfig
 from easylm_jax.evals import runner
 from easylm_jax.evals.judge import parse_judge
 from easylm_jax.evals.results import read_results, read_samples
 from easylm_jax.evaluate import evaluate_path, judge_chat, plan, prepare
+from easylm_jax.measurements import measured_tasks
+from easylm_jax.metrics import read_metrics
+from easylm_jax.optim import OptimConfig
 from easylm_jax.text.tokenizer import ByteTokenizer
+from easylm_jax.train import CheckpointConfig, EvalConfig, TrainConfig, train
+from tests.command import write_text
 from tests.loading_test import random_model
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parents[1]
 DATA = str(ROOT / "experiments/quickstart/eval")
-CONFIG = tiny_config(vocab_size=264, max_seq_len=2048)
+CONFIG = tiny_config(vocab_size=264, max_seq_len=4096)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +159,7 @@ def test_judges_that_do_not_read_are_exposed(model, tmp_path, judge, longer_wins
 
 def test_the_command_with_a_base_ends_in_a_table_a_panel_and_a_report(model, tmp_path):
     tuned = str(tmp_path / "tuned")
-    config = tiny_config(vocab_size=264, max_seq_len=2048, rope_theta=500.0)
+    config = tiny_config(vocab_size=264, max_seq_len=4096, rope_theta=500.0)
     write_native(random_model(config, tokenizer=ByteTokenizer()), tuned)
     out = tmp_path / "out"
     arguments = f"--model={tuned} --base={model} --tasks=hellaswag,vicuna_bench --data={DATA}"
@@ -197,3 +204,35 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 def test_every_task_is_listed():
     lines = list(command.list_tasks())
     assert len(lines) > 24 and all(len(line) > 40 for line in lines)
+
+
+@pytest.mark.slow
+def test_a_run_measures_tasks_as_the_command_does_afterwards(tmp_path):
+    text = write_text(tmp_path)
+    train(
+        TrainConfig(
+            model=dataclasses.replace(CONFIG, residual_dropout=(0.1, 0.1)),
+            tokenizer="bytes",
+            data=DataConfig(files=(text,), heldout_files=(text,)),
+            duration="4 steps",
+            batch_size=8,
+            seq_len=32,
+            optim=OptimConfig(lr=3e-3, warmup="1 steps"),
+            checkpoint=CheckpointConfig(every="4 steps"),
+            eval=EvalConfig("2 steps", tasks=("hellaswag",), task_data=DATA, task_items=4),
+            mesh="2,2,1,2",
+        ),
+        str(tmp_path / "run"),
+    )
+    rows = [row for row in read_metrics(tmp_path / "run") if "eval/hellaswag/acc_norm" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    expected = headline(
+        run(str(tmp_path / "run"), tmp_path / "out", "hellaswag", limit=4), "hellaswag"
+    )
+    assert rows[-1]["eval/hellaswag/acc_norm"] == pytest.approx(expected.value)
+    assert rows[-1]["eval/hellaswag/acc_norm_stderr"] == pytest.approx(expected.stderr)
+
+
+def test_a_task_that_runs_programs_is_no_part_of_training():
+    with pytest.raises(ValueError, match="eval.tasks has 'humaneval'"):
+        measured_tasks(EvalConfig(tasks=("humaneval",), task_data=DATA))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from easylm_jax.evaluate import plan
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
@@ -66,3 +68,20 @@ def test_every_file_that_is_linked_exists():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("command", [c for c in PYTHON if c not in CONFIGURED])
+def test_every_flag_that_is_shown_is_defined(command):
+    module, *args = command.split()
+    if module == "easylm_jax.lm_eval_adapter":
+        pytest.skip("its flags are those of lm-eval")
+    source = Path(importlib.util.find_spec(module).origin).read_text()
+    if module == "easylm_jax.bench":
+        source += "".join(file.read_text() for file in (ROOT / "easylm_jax").glob("bench_*.py"))
+    defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
+    defined |= set(re.findall(r"\"--(\w+)\"", source))  # argparse
+    shown = {arg[2:].split("=")[0].split(".")[0] for arg in args if arg.startswith("--")}
+    assert shown <= defined | {"config"}
+    if module == "easylm_jax.evaluate":
+        tasks = [arg.split("=")[1] for arg in args if arg.startswith("--tasks=")]
+        assert not tasks or plan(tasks[0].split(","))
