@@ -259,6 +259,27 @@ def test_missing_prompts_are_named(tmp_path):
         read_judge_prompts(str(tmp_path / "p.yaml"))
 
 
+def test_answers_of_equal_length_say_nothing_of_a_taste_for_length(tmp_path):
+    questions = [Question(str(i), ("?",)) for i in range(3)]
+    a = Answers("m", {"0": ["worth 2"], "1": ["worth 2"], "2": ["worth 2 xx"]})
+    b = Answers("n", {str(i): ["worth 1"] for i in range(3)})
+    rows = judge_pairs(judge_by(better), a, b, questions, str(tmp_path / "j")).rows
+    (longer,) = (row for row in rows if row.metric == "longer_wins")
+    assert (longer.value, longer.n) == (1.0, 1)
+
+
+def test_names_without_a_number_are_of_the_turn_that_is_judged(tmp_path):
+    (tmp_path / "p.yaml").write_text(
+        "- {type: single, system_prompt: x, prompt_template: '{question} {answer}'}\n"
+        "- {type: single, system_prompt: x, prompt_template: '{question_2}={question} {answer}'}"
+    )
+    questions, told = [Question("1", ("Q1", "Q2"))], []
+    judge = judge_by(lambda case: told.append(case.messages[1]["content"]) or "[[5]]")
+    prompts = read_judge_prompts(str(tmp_path / "p.yaml"))
+    grade(judge, Answers("m", {"1": ["A1", "A2"]}), questions, str(tmp_path / "g"), prompts=prompts)
+    assert told == ["Q2=Q2 A2", "Q1 A1"]
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="needs the gathered data")
 def test_length_alone_prefers_vicuna_to_llama(tmp_path):
     """On published answers; GPT-4 had said 77 of 80."""
