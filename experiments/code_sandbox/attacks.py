@@ -1,4 +1,4 @@
-"""Programs that try to do harm. Each runs to its end only if it succeeded. Used by run.py and tests.
+"""Programs that try to do harm, each of which runs to its end only if it succeeded.
 
 They may use what `facts` defines: DECOY, a folder with a file "kept"; PORT, of a server on this
 machine; VICTIM, a process. None is aimed at anything else, and none grows without bound in number,

@@ -108,6 +108,17 @@ def test_mbpp_prompts_have_the_papers_form_and_shots():
     assert first.endswith('assert remove_Occ("PHP","P") == "H"\n[BEGIN]') and "\r" not in first
 
 
+def test_mbpp_sets_up_what_needs_the_code_after_it():
+    """As problems 367 and 927 have it, whose set-up makes trees of the class that is asked for."""
+    task = find_task("mbpp")
+    (item,) = make_items(task, QUICKSTART, limit=1)
+    doc = item.doc | {"test_setup_code": "x = Node(3)", "test_list": ["assert x.v == 3", "y = 1"]}
+    text = "\nclass Node:\n    def __init__(self, v):\n        self.v = v\n"
+    names: dict = {}
+    exec(code.program_of(task, dataclasses.replace(item, doc=doc), text), names)
+    assert names["y"] == 1
+
+
 @needs_sandbox
 @pytest.mark.parametrize("name, limit", [("humaneval", 25), ("mbpp", 25)])
 def test_references_pass_and_empty_bodies_fail(name, limit):
