@@ -197,7 +197,9 @@ class _Reader:
             tokens = self._batch_tokens * (PARENTS if todo[0].children else 1)
             most = min(tokens // T, SLOTS_PER_TOKEN * self._batch_tokens // (width + T))
             most = max(most // self._rows, 1) * self._rows
-            padding = itertools.accumulate(T - len(node.ids) for node in todo[:most])
+            # Leaves may be longer than parents: they begin a batch of their own.
+            _, alike = next(itertools.groupby(todo[:most], lambda node: bool(node.children)))
+            padding = itertools.accumulate(T - len(node.ids) for node in alike)
             num = max(sum(n <= MAX_PADDING * tokens for n in padding), 1)
             batch, todo = todo[:num], todo[num:]
             B = min(_size(len(batch), self._rows, 4), most)
