@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["easylm_jax", "easylm_jax.*"]),
     package_data={
-        "easylm_jax": ["*.jinja"],  # the page of report.py
+        "easylm_jax": ["*.jinja"],  # the pages of reports and votes
         "easylm_jax.evals": ["*.yaml", "tasks/*.yaml", "recipes/*.yaml"],
     },
     install_requires=[

@@ -56,7 +56,7 @@ def measured_lines(step: int, values: Mapping[str, float]) -> Iterator[str]:
             line += f" +- {values['pairs/tells_stderr']:.1%}"
         yield line
     tasks = [n for n in values if n.split("/")[0] not in ("heldout", "pairs")]
-    shown = [f"{n} {values[n]:.3f}" for n in tasks if not n.endswith("_stderr")]
+    shown = [f"{n} {values[n]:.3f}" for n in tasks if not n.endswith(("_stderr", "/chance"))]
     if shown:
         yield f"step {step:,}: {', '.join(shown)}"
 

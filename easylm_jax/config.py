@@ -110,7 +110,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         try:
             main(argv)
         except (ValueError, OSError) as error:
-            if not _is_for_user(error):
+            if not is_for_user(error):
                 raise
             _exit_with(str(error))
 
@@ -118,7 +118,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         try:
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            if not (_is_for_user(error) or _is_from_parsing(error)):
+            if not (is_for_user(error) or _is_from_parsing(error)):
                 raise  # a bug in a config file
             _exit_with(f"the command line is not understood: {error}")
 
@@ -126,7 +126,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _is_for_user(error: Exception) -> bool:
+def is_for_user(error: Exception) -> bool:
+    """Whether an error is a sentence for the user, not a bug; see `run_main`."""
     if os.environ.get("EASYLM_TRACEBACK"):
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]

@@ -23,6 +23,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,8 +32,9 @@ import numpy as np
 from absl import flags
 
 from easylm_jax.array_types import Params
-from easylm_jax.config import run_main
+from easylm_jax.config import is_for_user, run_main
 from easylm_jax.evals.chat_answers import Answers, questions_of, read_answers, save_answers
+from easylm_jax.evals.code import require_permission
 from easylm_jax.evals.compare import compare, format_comparison
 from easylm_jax.evals.judge import Judge, parse_judge
 from easylm_jax.evals.judgements import grade, judge_pairs
@@ -116,16 +118,12 @@ def _job(entry: Entry, shots: int | None) -> Job:
 
 def prepare(job: Job, data: str, *, limit: int | None, allow_code: bool) -> Prepared:
     """The job's items. What is wrong with its data is a reason, for the other jobs to go on."""
-    if job.task.kind == "code" and not allow_code:
-        reason = (
-            "it runs programs that the model writes: allow that with --allow_code_execution "
-            "(they run in a sandbox, see docs/evaluation.md)"
-        )
-        return Prepared(job, [], reason=reason)
     try:
+        if job.task.kind == "code":
+            require_permission(allow_code)
         items = make_items(job.task, data, shots=job.shots)
     except (ValueError, OSError) as error:
-        return Prepared(job, [], reason=str(error))
+        return Prepared(job, [], reason=_reason(error))
     return Prepared(job, limit_items(items, limit), available=len(items))
 
 
@@ -150,10 +148,18 @@ def evaluate(
                     results["tasks"][name] = result
                     write_results(out, results)
         except (ValueError, OSError) as error:
-            results["tasks"][name] |= {"status": "failed", "reason": str(error)}
+            results["tasks"][name] |= {"status": "failed", "reason": _reason(error)}
         print(f"{name}: {_in_short(results['tasks'][name])}", flush=True)
     write_results(out, results)
     return results
+
+
+def _reason(error: Exception) -> str:
+    """Why a task failed, in a sentence; of a bug the traceback is shown at once."""
+    if is_for_user(error):
+        return str(error)
+    traceback.print_exception(error)
+    return f"a bug, {type(error).__name__}: {error}"
 
 
 def _earlier_tasks(out: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +184,9 @@ def _run(
         samples = still_asked(file.known, one.items)
         known = {sample["id"] for sample in samples}
         progress = Progress(len(one.items), len(samples), label=job.name)
-        for new in run_items(lm, job.task, [i for i in one.items if i.id not in known]):
+        left = [item for item in one.items if item.id not in known]
+        # Without permission `prepare` leaves nothing to ask.
+        for new in run_items(lm, job.task, left, allow_code_execution=True):
             file.write(new)
             samples += new
             progress.update(len(samples))
@@ -282,8 +290,9 @@ def judge_chat(
         try:
             questions = questions_of(one.job.task, one.items, data)
         except ValueError as error:
-            chat[name] = {"judge": judge.name, "against": "", "rows": [], "reason": str(error)}
-            print(f"{name}: not judged: {error}", flush=True)
+            told = {"judge": judge.name, "against": "", "rows": [], "reason": _reason(error)}
+            chat[name] = told
+            print(f"{name}: not judged: {told['reason']}", flush=True)
             continue
         games: list[Game] = []
         for place in against or [""]:
@@ -304,8 +313,8 @@ def judge_chat(
                         told |= {"against": other.model, "rows": report.rows}
                         games += report.games
                 except (ValueError, OSError) as error:
-                    told["reason"] = str(error)
-                    print(f"{title}: not judged: {error}", flush=True)
+                    told["reason"] = _reason(error)
+                    print(f"{title}: not judged: {told['reason']}", flush=True)
             chat[title] = told
         if len(against) > 1 and games:
             ratings = {model: rating._asdict() for model, rating in elo(games).items()}
@@ -371,6 +380,8 @@ def main(argv: list[str]) -> None:
         prepare(job, options.data, limit=options.limit, allow_code=options.allow_code_execution)
         for job in jobs
     ]
+    if any(one.job.task.kind == "code" and not one.reason for one in prepared):
+        print(require_permission(options.allow_code_execution), flush=True)
     if all(one.reason for one in prepared):
         raise ValueError("; ".join(f"{one.job.name}: {one.reason}" for one in prepared))
     how = {

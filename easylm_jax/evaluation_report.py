@@ -383,6 +383,8 @@ JUDGED = {
     "judge_score": "Grade, 1 to 10",
     "ties": "Ties",
     "words": "Words per answer",
+    "words_a": "Words per answer",
+    "words_b": "Words per answer of the other",
     "longer_wins": "Longer answer wins",
     "first_seat_share": "Answer shown first wins",
     "flips": "Verdict changes with the seats",

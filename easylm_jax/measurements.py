@@ -128,6 +128,9 @@ class Measurements:
             values[f"{task.name}/{metric}"] = row.value
             if row.stderr is not None:
                 values[f"{task.name}/{metric}_stderr"] = row.stderr
+            if task.kind == "choice":
+                shares = [1 / len(item.pairs) for item in items]
+                values[f"{task.name}/chance"] = sum(shares) / len(shares)
         return values
 
     def samples(self, params: Params) -> list[dict[str, str]]:

@@ -5,11 +5,11 @@ arXiv:2305.15717). So preference, style and abilities stand together, each as a 
 base on the same items with its paired standard error. Called by evaluate.py when there is a --base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from easylm_jax.evals import style
-from easylm_jax.evals.compare import Comparison, student, write_p
+from easylm_jax.evals.compare import Comparison, mcnemar, write_p
 from easylm_jax.evals.results import ALL, align, is_share, to_json, write_stderr, write_value
 
 COLUMNS = ("", "what", "base", "tuned", "difference", "± stderr", "p")
@@ -20,12 +20,11 @@ def panel(comparison: Comparison, chat: Mapping[str, Any]) -> dict[str, Any]:
 
     `comparison` is of the base with the tuned model, `chat` that of results.json.
     """
-    rows = [
-        ["preference", f"{name}: {_JUDGED[row['metric']]}", "50.0 %", *_against_half(row)]
-        for name, told in to_json(chat).items()
-        for row in told["rows"]
-        if row["metric"] in _JUDGED and row["group"] == ALL and told["against"] == "base"
-    ]
+    rows = []
+    for name, told in to_json(chat).items():
+        found = {row["metric"]: row for row in told["rows"] if row["group"] == ALL}
+        if told["against"] == "base" and found:
+            rows += _preferences(name, found)
     for kind in ("style", "ability"):
         for task, metric, paired, p_holm in comparison.differences:
             is_style = metric in style.ABOUT
@@ -46,16 +45,19 @@ def panel(comparison: Comparison, chat: Mapping[str, Any]) -> dict[str, Any]:
     return {"columns": list(COLUMNS), "rows": rows}
 
 
-_JUDGED = {"win_rate": "win rate", "lc_win_rate": "win rate at equal length"}
-
-
-def _against_half(row: Mapping[str, Any]) -> list[str]:
-    """Cells of a win rate, of which the base has the other half."""
-    value, stderr = row["value"], row["stderr"]
-    if value is None:
-        return ["not finite", "", "", ""]
-    p = student(value - 0.5, stderr, row["n"])
-    return [f"{value:.1%}", f"{100 * (value - 0.5):+.1f}", write_stderr("acc", stderr), write_p(p)]
+def _preferences(name: str, found: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Win rates, of which the base has the rest; p is of the sign test, over pairs without ties."""
+    for metric, words in (("win_rate", "win rate"), ("lc_win_rate", "win rate at equal length")):
+        value, stderr = found[metric]["value"], found[metric]["stderr"]
+        if value is None:
+            continue
+        p = ""
+        if metric == "win_rate":
+            n, ties = found[metric]["n"], found["ties"]["value"]
+            p = write_p(mcnemar(round(n * (value - ties / 2)), round(n * (1 - value - ties / 2))))
+        cells = [write_value(metric, value), f"{100 * (2 * value - 1):+.1f}"]
+        cells += [write_stderr(metric, stderr and 2 * stderr), p]
+        yield ["preference", f"{name}: {words}", write_value(metric, 1 - value), *cells]
 
 
 def format_panel(found: Mapping[str, Any]) -> str:

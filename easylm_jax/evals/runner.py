@@ -44,11 +44,14 @@ KINDS: dict[str, Kind] = {
 CHUNK = {"choice": 128, "generate": 32, "code": 8, "text": 16, "chat": 16}
 
 
-def run_items(lm: LanguageModel, task: Task, items: Sequence[Item]) -> Iterator[list[Sample]]:
+def run_items(
+    lm: LanguageModel, task: Task, items: Sequence[Item], *, allow_code_execution: bool = False
+) -> Iterator[list[Sample]]:
     """The samples of all items, a chunk at a time, in the order that is quickest."""
     kind = KINDS[task.kind]
+    permission = {"allow_code_execution": allow_code_execution} if kind is code else {}
     for chunk in _chunks(items, CHUNK[task.kind]):
-        responses = kind.ask(lm, task, chunk)
+        responses = kind.ask(lm, task, chunk, **permission)
         yield [
             sample_of(item, response, kind.score(task, item, response))
             for item, response in zip(chunk, responses, strict=True)

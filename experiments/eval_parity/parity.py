@@ -6,7 +6,8 @@
 The DIR of `--data` has a folder per task as `evaluate` wants it, that of `--out` gets a file per
 system and task. What is there already is not run again: the command can be repeated after a break.
 Everything is float32 and offline. Printed are the accuracies, the items whose verdicts differ, and
-the largest difference of log-likelihood per token.
+the largest difference of log-likelihood per token from the last of `--systems`. transformers takes
+longest: the whole sets with `--systems=ours,adapter`, a part of each (`--limit`) with all three.
 """
 
 import argparse
@@ -155,29 +156,31 @@ def result_file(options: argparse.Namespace, system: str, name: str) -> Path:
 
 def compare(name: str, options: argparse.Namespace, count_tokens) -> dict:
     """The row of a task; items that differ are printed."""
-    found = {s: json.loads(result_file(options, s, name).read_text()) for s in SYSTEMS}
-    row = {"task": name, "seconds": {s: round(found[s]["seconds"], 1) for s in SYSTEMS}}
-    records = {s: found[s]["records"] for s in SYSTEMS}
-    sizes = {s: len(records[s]) for s in SYSTEMS}
+    systems = options.systems
+    found = {s: json.loads(result_file(options, s, name).read_text()) for s in systems}
+    row = {"task": name, "seconds": {s: round(found[s]["seconds"], 1) for s in systems}}
+    records = {s: found[s]["records"] for s in systems}
+    sizes = {s: len(records[s]) for s in systems}
     assert len(set(sizes.values())) == 1, f"{name}: not the same items, {sizes}"
-    row |= {"items": sizes["ours"], "other_requests": 0, "other_verdicts": 0}
-    worst = {"ours": 0.0, "adapter": 0.0}
-    for place, same in enumerate(zip(*(records[s] for s in SYSTEMS), strict=True)):
-        ours, adapter, hf = same
-        if not ours["requests"] == adapter["requests"] == hf["requests"]:
+    row |= {"items": sizes[systems[0]], "other_requests": 0, "other_verdicts": 0}
+    worst = dict.fromkeys(systems[:-1], 0.0)
+    for place, same in enumerate(zip(*(records[s] for s in systems), strict=True)):
+        last = same[-1]
+        if any(record["requests"] != last["requests"] for record in same):
             row["other_requests"] += 1
             print(f"{name} {place}: requests differ:", *(x["requests"] for x in same), sep="\n  ")
             continue
-        tokens = [count_tokens(request) for request in ours["requests"]]
-        for system, record in (("ours", ours), ("adapter", adapter)):
-            pairs = zip(record["log_probs"], hf["log_probs"], tokens, strict=True)
+        tokens = [count_tokens(request) for request in last["requests"]]
+        for system, record in zip(systems[:-1], same, strict=False):
+            pairs = zip(record["log_probs"], last["log_probs"], tokens, strict=True)
             worst[system] = max(worst[system], *(abs(a - b) / n for a, b, n in pairs))
-        if not ours["scores"] == adapter["scores"] == hf["scores"]:
+        if any(record["scores"] != last["scores"] for record in same):
             row["other_verdicts"] += 1
             print(f"{name} {place}: verdicts differ")
-            for system, record in zip(SYSTEMS, same, strict=True):
+            for system, record in zip(systems, same, strict=True):
                 print(f"  {system:8}{record['scores']} {record['log_probs']}")
-    row |= {"nats_per_token_from_hf": worst, "means": {s: means(records[s]) for s in SYSTEMS}}
+    row |= {f"nats_per_token_from_{systems[-1]}": worst}
+    row |= {"means": {s: means(records[s]) for s in systems}}
     row["passed"] = max(worst.values()) <= TOLERANCE and not (
         row["other_requests"] or row["other_verdicts"]
     )
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="items per task; 0: as in the README")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(SIZES))
     parser.add_argument("--batch_size", type=int, default=8, help="of transformers")
+    parser.add_argument("--systems", type=lambda text: text.split(","), default=list(SYSTEMS))
     parser.add_argument("--system", choices=SYSTEMS, help="run this one only, compare nothing")
     options = parser.parse_args()
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -232,8 +236,11 @@ def main() -> None:
         return work(options)
     count_tokens = token_counter(options)
     minutes = expected_minutes(options, count_tokens)
-    print(f"expected: at most {minutes:.1f} min for each of {len(SYSTEMS)} systems", flush=True)
-    for system in SYSTEMS:
+    print(
+        f"expected: at most {minutes:.1f} min for each of {len(options.systems)} systems",
+        flush=True,
+    )
+    for system in options.systems:
         subprocess.run([sys.executable, *sys.argv, f"--system={system}"], check=True)
     rows = [compare(name, options, count_tokens) for name in options.tasks]
     result_file(options, "", "table").write_text(json.dumps(rows, indent=2) + "\n")
