@@ -202,10 +202,20 @@ def pairs_of(judged: Sequence[Judgement]) -> list[Pair]:
     return pairs
 
 
+def question_preferences(pairs: Sequence[Pair]) -> dict[str, float]:
+    """By question id the mean over its turns, of those with a verdict."""
+    turns: dict[str, list[float]] = {}
+    for pair in pairs:
+        if pair.preference is not None:
+            turns.setdefault(pair.question_id, []).append(pair.preference)
+    return {question_id: sum(of_it) / len(of_it) for question_id, of_it in turns.items()}
+
+
 def pair_estimates(judged: Sequence[Judgement]) -> dict[str, Estimate]:
     """What judgements of pairs come to, of the model a. `n` are questions with something to count.
 
     win_rate          ties count half
+    won_share, lost_share   of questions, by the mean over turns; the rest are ties
     ties              share of pairs, those included whose verdict changed with the seats
     lc_win_rate       if both answers had been equally long, see `win_rate.length_controlled`
     longer_wins       share of decided judgements that the longer answer won
@@ -221,6 +231,7 @@ def pair_estimates(judged: Sequence[Judgement]) -> dict[str, Estimate]:
     whole = [pair for pair in pairs if pair.preference is not None]
     ids = [pair.question_id for pair in whole]  # turns and seats are no independent observations
     preferences = [pair.preference for pair in whole]
+    by_question = list(question_preferences(whole).values())
     lengths = [pair.longer for pair in whole]
 
     def share(of: Sequence[Judgement], is_so: Callable[[Judgement], bool]) -> Estimate:
@@ -228,6 +239,8 @@ def pair_estimates(judged: Sequence[Judgement]) -> dict[str, Estimate]:
 
     return {
         "win_rate": mean(preferences, ids),
+        "won_share": mean([float(p > 0.5) for p in by_question]),
+        "lost_share": mean([float(p < 0.5) for p in by_question]),
         "ties": mean([float(p == 0.5) for p in preferences], ids),
         "lc_win_rate": length_controlled(preferences, lengths, clusters=ids).win_rate,
         "longer_wins": share(unequal, lambda j: (j["verdict"] == "a") == (j["len_a"] > j["len_b"])),
@@ -322,6 +335,12 @@ def _rows(estimates: Mapping[tuple[str, str], Estimate], prompt_hash: str) -> li
 
 
 # -------------------------------------------------------------------------------------- the file
+
+
+def file_name(model: str) -> str:
+    """A model's name as a part of a file's name: names come from strangers' files of answers."""
+    name = re.sub(r"[^\w.-]", "_", model)
+    return re.sub(r"^\.*$|^\.", "_", name)[:100]
 
 
 def _ask(

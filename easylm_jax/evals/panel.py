@@ -46,18 +46,23 @@ def panel(comparison: Comparison, chat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _preferences(name: str, found: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
-    """Win rates, of which the base has the rest; p is of the sign test, over pairs without ties."""
+    """Win rates, of which the base has the rest; p is of the sign test, over questions without ties
+    (of several turns the mean, as they are no independent observations)."""
     for metric, words in (("win_rate", "win rate"), ("lc_win_rate", "win rate at equal length")):
         value, stderr = found[metric]["value"], found[metric]["stderr"]
         if value is None:
             continue
         p = ""
         if metric == "win_rate":
-            n, ties = found[metric]["n"], found["ties"]["value"]
-            p = write_p(mcnemar(round(n * (value - ties / 2)), round(n * (1 - value - ties / 2))))
+            p = write_p(mcnemar(_count(found["won_share"]), _count(found["lost_share"])))
         cells = [write_value(metric, value), f"{100 * (2 * value - 1):+.1f}"]
         cells += [write_stderr(metric, stderr and 2 * stderr), p]
         yield ["preference", f"{name}: {words}", write_value(metric, 1 - value), *cells]
+
+
+def _count(share: Mapping[str, Any]) -> int:
+    """Of how many questions it is the share."""
+    return round(share["n"] * share["value"])
 
 
 def format_panel(found: Mapping[str, Any]) -> str:

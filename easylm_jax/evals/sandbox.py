@@ -73,12 +73,12 @@ def protection() -> str:
 
 
 def require_protection() -> None:
-    """ValueError where neither the network nor files can be kept from a program."""
+    """ValueError where nothing keeps a program from the network; `protection` says what else."""
     if not guards().seccomp:
         raise ValueError(
             "Running unread programs needs Linux with seccomp on x86_64 or aarch64, and this is "
             f"{sys.platform}: nothing would keep them from your files and the network, so use "
-            "such a machine, or a throw-away one with permission 'unprotected'."
+            "such a machine."
         )
 
 

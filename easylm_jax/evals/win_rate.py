@@ -75,7 +75,6 @@ def length_controlled(
     preferences: Numbers,
     length_differences: Numbers,
     *,
-    difficulty: Numbers | None = None,
     clusters: Sequence[Hashable] | None = None,
 ) -> LengthControlled:
     """The win rate if both answers had always been equally long (Dubois et al. 2024, 2404.04475).
@@ -83,34 +82,27 @@ def length_controlled(
     A logistic regression of the preferences, which may be fractions,
 
         logit p = model + length_weight * tanh((len_a - len_b) / std(len_a - len_b))
-                  [+ difficulty_weight * difficulty of the question]
 
-    and then the mean of its p with the length term left out. Lengths are in characters, std has
-    n - 1. AlpacaEval 2 fits the same by an L1 penalty chosen in five folds, adds comparisons with
-    baselines that were told to be terse and verbose, at weight 0.2, and always has the difficulty,
-    which it estimated once from all its models. Here there is PRIOR alone and no such baselines;
-    `difficulty` is for who has it. The error is that of a sandwich estimator by the delta method,
-    and with it the spread of p over questions.
+    and then its p with the length term left out. Lengths are in characters, std has n - 1.
+    AlpacaEval 2 also has the difficulty of every question, which it estimated once from all its
+    models, fits by an L1 penalty chosen in five folds, and adds comparisons with baselines that
+    were told to be terse and verbose, at weight 0.2. Here there is PRIOR alone. The error is that
+    of a sandwich estimator by the delta method.
     """
     y, delta = np.asarray(preferences, float), np.asarray(length_differences, float)
     if not len(y):
         return LengthControlled(mean([]), 0.0)
     std = delta.std(ddof=1) if len(delta) > 1 else 0.0
-    features = [np.ones_like(y), np.tanh(delta / std) if std else np.zeros_like(y)]
-    if difficulty is not None:
-        features.append(np.asarray(difficulty, float))
-    x = np.stack(features, axis=1)
+    x = np.stack([np.ones_like(y), np.tanh(delta / std) if std else np.zeros_like(y)], axis=1)
     weights = _fit_logistic(x, y)
-    equal = x * np.where(np.arange(x.shape[1]) == 1, 0.0, 1.0)  # the same, of equal lengths
-    p, p_fit = _sigmoid(equal @ weights), _sigmoid(x @ weights)
-    bread = np.linalg.inv((x.T * (p_fit * (1 - p_fit))) @ x + PRIOR * np.eye(x.shape[1]))
-    gradient = (equal * (p * (1 - p))[:, None]).mean(axis=0)
-    # How far each observation moves the result: through the weights, and by its own p.
-    influence = (x * (y - p_fit)[:, None]) @ bread @ gradient + (p - p.mean()) / len(p)
+    p, p_fit = float(_sigmoid(weights)[0]), _sigmoid(x @ weights)
+    bread = np.linalg.inv((x.T * (p_fit * (1 - p_fit))) @ x + PRIOR * np.eye(2))
+    # How far each observation moves the result, through the first weight.
+    influence = (x * (y - p_fit)[:, None]) @ bread[:, 0] * p * (1 - p)
     moved = _sums(influence, clusters)
     n = len(moved)
     stderr = float(np.sqrt((moved**2).sum() * n / (n - 1))) if n > 1 else None
-    return LengthControlled(Estimate(float(p.mean()), stderr, n), float(weights[1]))
+    return LengthControlled(Estimate(p, stderr, n), float(weights[1]))
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import pytest
 from easylm_jax.evals.chat_answers import Answers, Question, read_answers
 from easylm_jax.evals.judge import BIASED, Case, Judge
 from easylm_jax.evals.judgements import (
+    file_name,
     grade,
     judge_pairs,
     read_judge_prompts,
@@ -111,6 +112,21 @@ def test_a_fair_judge_gives_the_true_win_rate_by_question_turn_and_category(tmp_
         verdict = "a" if quality(x) > quality(y) else "b" if quality(y) > quality(x) else "tie"
         assert (row["verdict"], row["len_a"], row["len_b"]) == (verdict, len(x), len(y))
         assert (row["a"], row["b"]) == ("m", "n")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("org/name", "org_name"),
+        ("../../evil", "_._.._evil"),
+        ("..", "_"),
+        ("", "_"),
+        ("a\\b:c\0\n", "a_b_c__"),
+        ("Llama-2_7b.Q4", "Llama-2_7b.Q4"),
+    ],
+)
+def test_names_of_models_are_no_paths(model, expected):
+    assert file_name(model) == expected
 
 
 def test_judgements_without_a_verdict_are_counted_and_are_no_ties(tmp_path):

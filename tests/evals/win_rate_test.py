@@ -75,21 +75,6 @@ def test_length_control_finds_the_win_rate_of_equal_lengths():
     assert np.mean([d.win_rate.stderr for d in draws]) == pytest.approx(np.std(values), rel=0.12)
 
 
-def test_length_control_takes_the_difficulty_into_account():
-    """Where hard questions have long answers, and with an error that knows of their spread."""
-    rng, draws, true = np.random.default_rng(3), [], []
-    for _ in range(150):
-        hard = rng.normal(0, 2, 300)
-        delta = hard + rng.normal(0, 1, 300)
-        p = expit(0.5 + np.tanh(delta / delta.std(ddof=1)) - 1.5 * hard)
-        won = (rng.random(300) < p).astype(float)
-        draws.append(length_controlled(won, delta, difficulty=hard).win_rate)
-        true.append(expit(0.5 - 1.5 * hard).mean())
-    values = [d.value for d in draws]
-    assert np.mean(values) == pytest.approx(np.mean(true), abs=0.005)
-    assert np.mean([d.stderr for d in draws]) == pytest.approx(np.std(values), rel=0.15)
-
-
 @pytest.mark.parametrize("won", [0.0, 1.0])
 def test_a_model_that_never_loses_has_numbers(won):
     delta = np.random.default_rng(4).normal(0, 100, 80)
