@@ -16,7 +16,6 @@ What it is not: the tasks (`evals/task.py`), the asking (`evals/runner.py`) or t
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import gc
 import hashlib
 import os
@@ -36,10 +35,11 @@ from easylm_jax.config import is_for_user, run_main
 from easylm_jax.evals.chat_answers import Answers, questions_of, read_answers, save_answers
 from easylm_jax.evals.code import require_permission
 from easylm_jax.evals.compare import compare, format_comparison
-from easylm_jax.evals.judge import Judge, parse_judge
-from easylm_jax.evals.judgements import grade, judge_pairs
+from easylm_jax.evals.jobs import Prepared, plan, prepare
+from easylm_jax.evals.judge import BIASED, Judge, parse_judge
+from easylm_jax.evals.judgements import file_name, grade, judge_pairs
 from easylm_jax.evals.panel import format_panel, panel
-from easylm_jax.evals.recipes import Entry, find_recipe, recipe_names
+from easylm_jax.evals.recipes import find_recipe, recipe_names
 from easylm_jax.evals.results import (
     SampleFile,
     format_table,
@@ -52,79 +52,17 @@ from easylm_jax.evals.results import (
     write_stderr,
     write_value,
 )
-from easylm_jax.evals.runner import run_items, still_asked
-from easylm_jax.evals.task import Item, Task, find_task, limit_items, make_items, task_names
+from easylm_jax.evals.runner import run_items, still_asked, with_shots_that_fit
+from easylm_jax.evals.task import find_task, task_names
 from easylm_jax.evals.win_rate import Game, elo
 from easylm_jax.language_model import LanguageModel
-from easylm_jax.loading import load
+from easylm_jax.loading import load, open_model
 from easylm_jax.models.llama import FloatName
 from easylm_jax.progress import Progress, format_duration
 from easylm_jax.text.template import find_template
 from easylm_jax.tree import named_leaves
 
 WRITE_SECONDS = 15.0  # between results.json of a task that is not whole yet
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A task as this run asks it. `name` is its own in OUT, since recipes ask tasks twice."""
-
-    name: str
-    task: Task
-    shots: int
-    published: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A job with what to ask; or with the reason why nothing can be asked."""
-
-    job: Job
-    items: list[Item]
-    available: int = 0
-    reason: str = ""
-
-
-# ---- what is asked ------------------------------------------------------------------------------
-
-
-def plan(names: Sequence[str], *, shots: int | None = None) -> list[Job]:
-    """Jobs of tasks and recipes. `shots` replaces those that they say themselves.
-
-    Raises:
-      ValueError: an unknown name; a job twice.
-    """
-    entries = []
-    for name in names:
-        if name in recipe_names():
-            entries += find_recipe(name).entries
-        elif name in task_names() or name.endswith((".yaml", ".yml")) or name.startswith("text:"):
-            entries.append(Entry(find_task(name)))
-        else:
-            known = [*recipe_names(), *task_names()]
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-            raise ValueError(f"there is no task or recipe {name!r}; near it: {', '.join(near)}")
-    jobs = [_job(entry, shots) for entry in entries]
-    return list({job.name: job for job in jobs}.values())
-
-
-def _job(entry: Entry, shots: int | None) -> Job:
-    task = entry.task
-    wanted = next(n for n in (shots, entry.shots, task.shots) if n is not None)
-    wanted = 0 if task.kind in ("text", "chat") else wanted
-    name = task.name if wanted == task.shots else f"{task.name}_{wanted}shot"
-    return Job(name, task, wanted, entry.published)
-
-
-def prepare(job: Job, data: str, *, limit: int | None, allow_code: bool) -> Prepared:
-    """The job's items. What is wrong with its data is a reason, for the other jobs to go on."""
-    try:
-        if job.task.kind == "code":
-            require_permission(allow_code)
-        items = make_items(job.task, data, shots=job.shots)
-    except (ValueError, OSError) as error:
-        return Prepared(job, [], reason=_reason(error))
-    return Prepared(job, limit_items(items, limit), available=len(items))
 
 
 # ---- one model ----------------------------------------------------------------------------------
@@ -138,7 +76,7 @@ def evaluate(
     Samples of an earlier start with the same settings in `facts` are not asked for again, and tasks
     of an earlier start stay in results.json. A task that fails is reported and the others go on.
     """
-    results = {**facts, "tasks": _earlier_tasks(out, facts)}
+    results = {**_earlier(out, facts), **facts}
     results["tasks"] |= {p.job.name: _result_of(p, [], 0.0) for p in prepared}
     for one in prepared:
         name = one.job.name
@@ -147,7 +85,7 @@ def evaluate(
                 for result in _run(lm, one, out, settings=facts["settings"]):
                     results["tasks"][name] = result
                     write_results(out, results)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # of whatever kind: hours of other tasks depend on going on
             results["tasks"][name] |= {"status": "failed", "reason": _reason(error)}
         print(f"{name}: {_in_short(results['tasks'][name])}", flush=True)
     write_results(out, results)
@@ -162,16 +100,18 @@ def _reason(error: Exception) -> str:
     return f"a bug, {type(error).__name__}: {error}"
 
 
-def _earlier_tasks(out: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _earlier(out: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier start left of tasks and judgements, made with the same model and settings."""
     if not os.path.exists(os.path.join(out, "results.json")):
-        return {}
+        return {"tasks": {}}
     earlier = read_results(out)
-    if earlier["settings"]["fingerprint"] != facts["settings"]["fingerprint"]:
-        raise ValueError(
-            f"{out} has the results of another model, {earlier['model']} "
-            f"({earlier['settings']['fingerprint']}): give another --out"
-        )
-    return earlier["tasks"]
+    for key, value in facts["settings"].items():
+        if (before := earlier["settings"].get(key)) != value:
+            raise ValueError(
+                f"{out} has results of {earlier['model']} with {key} {before}, expected {value}: "
+                "give another --out"
+            )
+    return earlier
 
 
 def _run(
@@ -179,12 +119,19 @@ def _run(
 ) -> Iterator[dict[str, Any]]:
     """The task's part of results.json, every so often and at the end."""
     job, start, shown = one.job, time.monotonic(), time.monotonic()
-    asked = {"generate": dataclasses.asdict(job.task.generate), "metrics": job.task.metrics}
+    names = ("generate", "unconditional", "code", "chat")  # of what no prompt's hash knows
+    asked = {name: dataclasses.asdict(job.task)[name] for name in names}
+    items, shortened = with_shots_that_fit(
+        lm, job.task, one.items, shots=job.shots, ask_with=one.ask_with
+    )
+    one = dataclasses.replace(one, items=items, shortened=shortened)
     with SampleFile(out, job.name, settings={**settings, **asked}) as file:
-        samples = still_asked(file.known, one.items)
-        known = {sample["id"] for sample in samples}
-        progress = Progress(len(one.items), len(samples), label=job.name)
-        left = [item for item in one.items if item.id not in known]
+        samples = still_asked(job.task, items, file.known)
+        known = {sample["id"]: sample for sample in file.known}
+        file.write(s for s in samples if s["scores"] != known[s["id"]]["scores"])
+        progress = Progress(len(items), len(samples), label=job.name)
+        answered = {sample["id"] for sample in samples}
+        left = [item for item in items if item.id not in answered]
         # Without permission `prepare` leaves nothing to ask.
         for new in run_items(lm, job.task, left, allow_code_execution=True):
             file.write(new)
@@ -206,6 +153,7 @@ def _result_of(one: Prepared, samples: Sequence[Mapping[str, Any]], seconds: flo
         "total": len(one.items),
         "available": one.available,
         "reason": one.reason,
+        "shortened": one.shortened,  # items with fewer shots, to fit the context
         "seconds": seconds,
         "kind": task.kind,
         "about": task.about,
@@ -223,7 +171,9 @@ def _in_short(result: Mapping[str, Any]) -> str:
     value = write_value(row["metric"], row["value"])
     stderr = write_stderr(row["metric"], row["stderr"])
     took = format_duration(result["seconds"])
-    return f"{row['metric']} {value}{f' ± {stderr}' if stderr else ''}  ({took})"
+    fewer = f"; {result['shortened']:,} prompts have fewer shots, to fit the model's context"
+    end = fewer if result["shortened"] else ""
+    return f"{row['metric']} {value}{f' ± {stderr}' if stderr else ''}  ({took}){end}"
 
 
 def fingerprint(params: Params) -> str:
@@ -241,13 +191,15 @@ def evaluate_path(
     """Load the model at `path` and evaluate it; its answers to chat tasks are files in OUT, too."""
     print(f"loading {path} ...", flush=True)
     lm = load(path, **how)
+    if lm.tokenizer is None:
+        raise ValueError(f"{path} came without a tokenizer: name one with --tokenizer")
     template = lm.template.name if lm.template else None
     settings = {
-        "fingerprint": fingerprint(lm.params),
         "dtype": lm.config.dtype,
         "template": template,
         "bos": lm.tokenizer.bos_id is not None,
         "context": lm.config.max_seq_len,
+        "fingerprint": fingerprint(lm.params),  # last, as it depends on the type, too
     }
     facts = {
         "model": path,
@@ -265,8 +217,8 @@ def evaluate_path(
     results = evaluate(lm, prepared, out, facts=facts)
     for one in prepared:
         if one.job.task.kind == "chat" and (samples := read_samples(out, one.job.name)):
-            asked = still_asked(samples, one.items)
-            save_answers(os.path.join(out, "answers"), one.job.task, asked, model=name)
+            kept = still_asked(one.job.task, one.items, samples)
+            save_answers(os.path.join(out, "answers"), one.job.task, kept, model=name)
     return results
 
 
@@ -297,22 +249,30 @@ def judge_chat(
         games: list[Game] = []
         for place in against or [""]:
             told = {"judge": judge.name, "against": "", "rows": [], "reason": ""}
-            title = f"{name}, {os.path.basename(place)}" if len(against) > 1 else name
+            title = name
             calls = sum(len(q.turns) for q in questions) * (2 if place else 1)
-            with counting(calls, label=f"judging {title}") as on_done:
+            with counting(calls, label=f"judging {name}") as on_done:
                 try:
                     if not place:
                         kept = os.path.join(out, "judgements", f"{name}.grades.jsonl")
                         told["rows"] = grade(judge, answers, questions, kept, on_done=on_done)
                     else:
                         other = _answers_of(place, name)
-                        kept = os.path.join(out, "judgements", f"{name}.{other.model}.jsonl")
+                        title = f"{name}, {other.model}" if len(against) > 1 else name
+                        if other.model == answers.model or title in chat:
+                            raise ValueError(
+                                f"{place} has answers of {other.model!r} as others here do: give "
+                                "models names of their own (--name)"
+                            )
+                        kept = f"{name}.{file_name(other.model)}.jsonl"
+                        kept = os.path.join(out, "judgements", kept)
                         report = judge_pairs(
                             judge, answers, other, questions, kept, on_done=on_done
                         )
                         told |= {"against": other.model, "rows": report.rows}
                         games += report.games
                 except (ValueError, OSError) as error:
+                    title = f"{name}, {os.path.basename(place)}" if title in chat else title
                     told["reason"] = _reason(error)
                     print(f"{title}: not judged: {told['reason']}", flush=True)
             chat[title] = told
@@ -357,6 +317,21 @@ def list_tasks() -> Iterator[str]:
         yield f"{name:18} {task.kind}, {task.shots} shots, {task.headline}. {task.about}"
 
 
+def _check_paths(options: flags.FlagValues, *, has_chat: bool) -> None:
+    """Whether all that is named is there, before hours of work."""
+    for path in options.against:
+        if not os.path.exists(path):
+            raise ValueError(f"--against has {path}, where there is nothing")
+    if (options.judge or options.against) and not has_chat:
+        raise ValueError("none of --tasks is chat, which alone is judged; --list_tasks shows kinds")
+    if options.against and not options.judge:
+        raise ValueError("--against is for a judge: name one with --judge")
+    is_path = options.judge and not options.judge.startswith(("http://", "https://"))
+    judges = [options.judge] if is_path and options.judge not in BIASED else []
+    for path in filter(None, (options.model, options.base, *judges)):
+        open_model(path)
+
+
 def main(argv: list[str]) -> None:
     """The command line."""
     options = flags.FLAGS
@@ -376,6 +351,7 @@ def main(argv: list[str]) -> None:
     if options.template:
         find_template(options.template)  # before minutes of loading
     jobs = plan(options.tasks, shots=options.shots)
+    _check_paths(options, has_chat=any(job.task.kind == "chat" for job in jobs))
     prepared = [
         prepare(job, options.data, limit=options.limit, allow_code=options.allow_code_execution)
         for job in jobs
@@ -406,10 +382,13 @@ def main(argv: list[str]) -> None:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     if options.base:
-        results["panel"] = panel(compare(f"{out}/base", out), results.get("chat", {}))
+        try:
+            results["panel"] = panel(compare(f"{out}/base", out), results.get("chat", {}))
+        except ValueError as error:
+            print(f"nothing to compare with the base: {error}", flush=True)
     write_results(out, results)
     print(f"\n{format_table(results)}")
-    if options.base:
+    if "panel" in results:
         print(f"\n{format_panel(results['panel'])}")
     try:
         from easylm_jax.evaluation_report import write_evaluation_report
@@ -417,7 +396,8 @@ def main(argv: list[str]) -> None:
         print(f"\nreport: {write_evaluation_report(out)}")
     except ImportError as error:
         print(f"\nno report: {error}")
-    if any(task["status"] == "failed" for task in results["tasks"].values()):
+    failed = [task for task in results["tasks"].values() if task["status"] == "failed"]
+    if failed or any(told.get("reason") for told in results.get("chat", {}).values()):
         sys.exit(1)
 
 

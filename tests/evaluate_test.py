@@ -15,9 +15,10 @@ from easylm_jax import evaluate as command
 from easylm_jax.convert import write_native
 from easylm_jax.data.source import DataConfig
 from easylm_jax.evals import runner
+from easylm_jax.evals.jobs import plan, prepare
 from easylm_jax.evals.judge import parse_judge
 from easylm_jax.evals.results import read_results, read_samples
-from easylm_jax.evaluate import evaluate_path, judge_chat, plan, prepare
+from easylm_jax.evaluate import evaluate_path, judge_chat
 from easylm_jax.measurements import measured_tasks
 from easylm_jax.metrics import read_metrics
 from easylm_jax.optim import OptimConfig
@@ -103,9 +104,9 @@ def test_tasks_of_an_earlier_start_stay_and_another_model_is_refused(model, tmp_
     assert read_results(tmp_path)["tasks"].keys() == {"hellaswag", "mmlu"}
     other = str(tmp_path / "other")
     write_native(
-        random_model(tiny_config(vocab_size=264, d_ff=64), tokenizer=ByteTokenizer()), other
+        random_model(dataclasses.replace(CONFIG, d_ff=64), tokenizer=ByteTokenizer()), other
     )
-    with pytest.raises(ValueError, match="results of another model"):
+    with pytest.raises(ValueError, match="another --out"):
         run(other, tmp_path, "hellaswag", limit=2)
 
 
@@ -118,16 +119,78 @@ def test_a_task_that_fails_is_reported_and_the_others_go_on(model, tmp_path, cap
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_kept_answers_are_scored_as_is_asked_now(model, tmp_path, monkeypatch):
+    quiz = tmp_path / "quiz.yaml"
+    text = "{name: quiz, about: '', kind: generate, data: [{test: quiz.jsonl}], gold: '{{ gold }}',"
+    text += " prompt: '{{ question }}', metrics: [exact_match], headline: exact_match,"
+    text += " generate: {max_new_tokens: 4}, normaliser: %s}"
+    (tmp_path / "quiz.jsonl").write_text('{"question": "Which?", "gold": "b"}\n')
+    quiz.write_text(text % "harness")
+    made = {"texts": ["The b."]}
+    monkeypatch.setattr(runner.answers, "ask", lambda lm, task, items: [made] * len(items))
+    asked = dict(data=str(tmp_path), limit=None)
+    first = run(model, tmp_path / "out", str(quiz), **asked)
+    quiz.write_text(text % "llama")
+    monkeypatch.delattr(runner.answers, "ask")  # nothing is left to ask
+    second = run(model, tmp_path / "out", str(quiz), **asked)
+    values = [headline(results, "quiz").value for results in (first, second)]
+    assert values == [0.0, 1.0]
+    assert read_samples(tmp_path / "out", "quiz")[0]["scores"] == {"exact_match": [1.0, 1.0]}
+
+
+def test_prompts_that_are_too_long_have_fewer_shots(model, tmp_path):
+    job = prepared("mmlu", limit=6)[0]
+    lm = easylm_jax.load(model)
+    short = dataclasses.replace(lm, config=dataclasses.replace(lm.config, max_seq_len=1200))
+    items, shortened = runner.with_shots_that_fit(
+        short, job.job.task, job.items, shots=5, ask_with=job.ask_with
+    )
+    assert 0 < shortened <= 6 and [i.id for i in items] == [i.id for i in job.items]
+    for item, whole in zip(items, job.items, strict=True):
+        length = max(len(a + b) for a, b in item.pairs) + 1  # bytes and BOS
+        shots = item.pairs[0][0].count("Answer:") - 1
+        assert length <= 1200
+        one_more = {i.id: i for i in job.ask_with(min(shots + 1, 5))}[item.id]
+        fits = max(len((a + b).encode()) for a, b in one_more.pairs) + 1 <= 1200
+        assert item == whole if shots == 5 else not fits
+
+
+def test_a_bug_in_one_task_is_told_and_the_others_go_on(model, tmp_path, monkeypatch, capsys):
+    score = runner.choice.score
+
+    def broken(task, item, response):
+        return {}["lost"] if task.name == "mmlu" else score(task, item, response)
+
+    monkeypatch.setattr(runner.choice, "score", broken)
+    results = run(model, tmp_path, "mmlu", "hellaswag", limit=6)
+    assert results["tasks"]["mmlu"]["status"] == "failed"
+    assert results["tasks"]["hellaswag"]["status"] == "whole"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_settings_need_another_folder(model, tmp_path):
+    run(model, tmp_path, "hellaswag", limit=2)
+    jobs = prepared("mmlu", limit=6)
+    with pytest.raises(ValueError, match="dtype float32, expected bfloat16"):
+        evaluate_path(model, jobs, str(tmp_path), name="x", template="plain", dtype="bfloat16")
+
+
+def test_one_name_for_two_things_is_refused():
+    with pytest.raises(ValueError, match="boolq is asked for in two ways"):
+        plan(["llama1", "boolq"])
+    assert len(plan(["piqa", "piqa"])) == 1
+
+
 def test_a_context_longer_than_the_models_fails_in_one_sentence(tmp_path):
     short = str(tmp_path / "short")
     write_native(random_model(tokenizer=ByteTokenizer()), short)  # 64 tokens
-    results = run(short, tmp_path / "out", "mmlu", limit=2)
+    results = run(short, tmp_path / "out", "mmlu", limit=2)  # without a shot, too
     task = results["tasks"]["mmlu"]
     assert task["status"] == "failed" and "context of 64" in task["reason"]
 
 
 def test_recipes_name_their_shots_and_bring_published_numbers():
-    jobs = {job.name: job for job in plan(["llama1", "hellaswag"])}
+    jobs = {job.name: job for job in plan(["llama1", "truthfulqa"])}
     assert {"nq_open_llama", "nq_open_llama_5shot", "nq_open_llama_64shot"} <= jobs.keys()
     assert jobs["nq_open_llama_5shot"].shots == 5
     assert {p["model"] for p in jobs["piqa"].published} >= {"LLaMA-7B", "LLaMA-65B"}
@@ -181,13 +244,17 @@ def test_the_command_with_a_base_ends_in_a_table_a_panel_and_a_report(model, tmp
         (["--tasks=hellaswag", "--out=x"], "--model is needed"),
         (["--model=x", "--tasks=helaswag", "--out=x"], "hellaswag"),
         (["--model=nowhere", "--tasks=hellaswag", f"--data={DATA}", "--out=x"], "nowhere"),
-        (["--model=x", "--tasks=humaneval", f"--data={DATA}", "--out=x"], "allow_code_execution"),
+        (
+            ["--model={model}", "--tasks=humaneval", f"--data={DATA}", "--out=x"],
+            "allow_code_execution",
+        ),
+        (["--model=x", "--tasks=mmlu", "--out=x", "--judge=longest"], "none of --tasks is chat"),
         (["--compare", "nowhere"], "two --out folders"),
         (["--compare", "nowhere", "neither"], "results.json"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(arguments, sentence, tmp_path):
-    done = call(*arguments)
+def test_what_is_wrong_is_one_sentence(arguments, sentence, model):
+    done = call(*(argument.format(model=model) for argument in arguments))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert sentence in done.stderr

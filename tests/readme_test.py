@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from easylm_jax.evaluate import plan
+from easylm_jax.evals.jobs import plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -4,6 +4,7 @@ A chunk's samples are handed over as soon as they are there, so that a run that 
 on where it was. What it is not: a task (`task.py`), or a summary of samples (`results.py`).
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,12 +21,7 @@ class Kind(Protocol):
     """A way of asking. Responses are JSON, so that they can be kept and scored again."""
 
     def ask(
-        self,
-        lm: LanguageModel,
-        task: Task,
-        items: Sequence[Item],
-        *,
-        on_done: Callable[[int], None] | None = None,
+        self, lm: LanguageModel, task: Task, items: Sequence[Item], **permission: bool
     ) -> list[dict[str, Any]]: ...
 
     def score(
@@ -50,7 +46,7 @@ def run_items(
     """The samples of all items, a chunk at a time, in the order that is quickest."""
     kind = KINDS[task.kind]
     permission = {"allow_code_execution": allow_code_execution} if kind is code else {}
-    for chunk in _chunks(items, CHUNK[task.kind]):
+    for chunk in _chunks(items, max(CHUNK[task.kind] // task.generate.n, 1)):
         responses = kind.ask(lm, task, chunk, **permission)
         yield [
             sample_of(item, response, kind.score(task, item, response))
@@ -58,10 +54,52 @@ def run_items(
         ]
 
 
-def still_asked(known: Iterable[Sample], items: Sequence[Item]) -> list[Sample]:
-    """Those of an earlier start's samples that answer what is asked now."""
-    hashes = {item.id: prompt_hash(item) for item in items}
-    return [sample for sample in known if hashes.get(sample["id"]) == sample["prompt_hash"]]
+def still_asked(task: Task, items: Sequence[Item], known: Iterable[Sample]) -> list[Sample]:
+    """Those of an earlier start's samples that answer what is asked now, scored again.
+
+    Again, since what is right or how it is compared may have been corrected. A response that lacks
+    what a metric needs answers something else.
+    """
+    asked = {item.id: item for item in items}
+    samples = []
+    for sample in known:
+        item = asked.get(sample["id"])
+        if item and prompt_hash(item) == sample["prompt_hash"]:
+            with contextlib.suppress(KeyError):
+                scores = KINDS[task.kind].score(task, item, sample["response"])
+                samples.append(sample_of(item, sample["response"], scores))
+    return samples
+
+
+def with_shots_that_fit(
+    lm: LanguageModel,
+    task: Task,
+    items: Sequence[Item],
+    *,
+    shots: int,
+    ask_with: Callable[[int], Sequence[Item]],
+) -> tuple[list[Item], int]:
+    """The items with as many of `shots` as leave room for the answer, and how many have fewer.
+
+    So did MMLU's authors (Hendrycks et al. 2021). `ask_with` makes the items for a number of shots.
+    """
+    room = task.generate.max_new_tokens if task.kind in ("generate", "code") else 0
+    most = lm.config.max_seq_len - room
+
+    def fits(item: Item) -> bool:
+        text = max((a + b for a, b in item.pairs), key=len, default=item.prompt)
+        # A token is one byte at least; beside the text there are at most BOS and a first space.
+        return len(text.encode()) + 2 <= most or len(lm.tokenizer.prompt_ids(text)) <= most
+
+    found = {item.id: item for item in items}
+    too_long = [item.id for item in items if shots and not fits(item)]
+    shortened = len(too_long)
+    while too_long and shots > 0:
+        shots -= 1
+        fewer = {item.id: item for item in ask_with(shots)}
+        found |= {name: fewer[name] for name in too_long}
+        too_long = [name for name in too_long if not fits(fewer[name])]
+    return list(found.values()), shortened
 
 
 def sample_of(
