@@ -37,6 +37,7 @@ from easylm_jax.evals.results import (
     write_published,
     write_stderr,
     write_value,
+    write_with_stderr,
 )
 from easylm_jax.report import (
     Line,
@@ -237,9 +238,9 @@ def _groups(name: str, task: Task, chance: float | None) -> dict[str, Any] | Non
         "partial": "" if is_whole(task) else coverage(task),
         "chance": scale * 100 * chance if chance else None,
         "end": f"{100 / scale:.0f} %",
-        "over_groups": _with_stderr(means.get(MACRO)),
-        "over_items": _with_stderr(headline_row(task)),
-        "categories": [{"name": c, "value": _with_stderr(means.get(c))} for c in categories],
+        "over_groups": write_with_stderr(means.get(MACRO)),
+        "over_items": write_with_stderr(headline_row(task)),
+        "categories": [{"name": c, "value": write_with_stderr(means.get(c))} for c in categories],
         "bars": [
             {
                 "name": row["group"].replace("_", " "),
@@ -251,13 +252,6 @@ def _groups(name: str, task: Task, chance: float | None) -> dict[str, Any] | Non
             for row in sorted(bars, key=lambda row: -row["value"])
         ],
     }
-
-
-def _with_stderr(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    stderr = write_stderr(row["metric"], row["stderr"])
-    return write_value(row["metric"], row["value"]) + (f" ± {stderr}" if stderr else "")
 
 
 # ---------------------------------------------------------------------------- samples
@@ -379,6 +373,8 @@ def _line(points: Sequence[tuple[int, Mapping[str, Any]]], chance: float | None)
 
 JUDGED = {
     "win_rate": "Win rate",
+    "won_share": "Questions won",
+    "lost_share": "Questions lost",
     "lc_win_rate": "Win rate at equal length",
     "judge_score": "Grade, 1 to 10",
     "ties": "Ties",
@@ -413,7 +409,7 @@ def _chat_table(chat: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": [
             {
                 "title": JUDGED.get(metric, metric),
-                "cells": [_with_stderr(of_it.get(metric)) for of_it in found.values()],
+                "cells": [write_with_stderr(of_it.get(metric)) for of_it in found.values()],
             }
             for metric in metrics
         ],

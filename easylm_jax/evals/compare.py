@@ -2,11 +2,13 @@
 
 What it is not: two error bars laid side by side, which are far too wide for one set of questions.
 Called by `python -m easylm_jax.evaluate --compare A B`. An item counts if both runs asked the very
-same (prompt hash); others are left out and said so. Tests are two-sided: McNemar's exact one where
-an item is right or wrong, else Student's on paired differences (of perplexities: of their
-logarithms). Over the headlines of all tasks p is corrected by Holm's method.
+same (prompt hash); others are left out and said so, as are settings that differ. Tests are
+two-sided: McNemar's exact one where an item is right or wrong, else Student's on paired differences
+(of perplexities: of their logarithms). Over the headlines of all tasks p is corrected by Holm's
+method.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from easylm_jax.evals.results import (
     is_whole,
     read_results,
     read_samples,
+    read_settings,
     transform,
     write_value,
 )
@@ -54,19 +57,30 @@ class Comparison(NamedTuple):
     b: str
     differences: list[Difference]
     notes: dict[str, str]  # of a task: what it lacks and what was not paired, in words
+    settings: dict[
+        str, list[str]
+    ]  # "dtype: A float32, B bfloat16", and the tasks of which it is so
 
 
 def compare(folder_a: epath.PathLike, folder_b: epath.PathLike) -> Comparison:
     """Two --out folders, on the tasks, metrics and items that both have."""
-    tasks_a, tasks_b = (read_results(folder)["tasks"] for folder in (folder_a, folder_b))
+    folders = (folder_a, folder_b)
+    tasks_a, tasks_b = (read_results(folder)["tasks"] for folder in folders)
     runs = (("A", tasks_a), ("B", tasks_b))
     paired: dict[tuple[str, str], Paired] = {}
     notes_of: dict[str, str] = {}
+    settings: dict[str, list[str]] = {}
     for task in [task for task in tasks_a if task in tasks_b]:
-        a, b = ({s["id"]: s for s in read_samples(f, task)} for f in (folder_a, folder_b))
+        a, b = ({s["id"]: s for s in read_samples(f, task)} for f in folders)
         same = [i for i in a if i in b and a[i]["prompt_hash"] == b[i]["prompt_hash"]]
         notes = [f"{name} has {coverage(of[task])}" for name, of in runs if not is_whole(of[task])]
         notes += _left_out(a, b, num_same=len(same))
+        counted = [(name, of[task]["done"]) for name, of in runs if of[task]["done"] != len(same)]
+        if counted:  # samples of an earlier start with a higher limit are there and are used
+            notes.append(f"{len(same):,} in common are compared")
+            notes += [f"{name}'s results.json counts {done:,}" for name, done in counted]
+        for line in _differing(*(read_settings(folder, task) for folder in folders)):
+            settings.setdefault(line, []).append(task)
         notes_of |= {task: ", ".join(notes)} if notes else {}
         for metric in _metrics([of[i] for of in (a, b) for i in same]):
             scores_a, scores_b = (_scores([of[i] for i in same], metric) for of in (a, b))
@@ -87,7 +101,7 @@ def compare(folder_a: epath.PathLike, folder_b: epath.PathLike) -> Comparison:
     }
     p_holm = dict(zip(headlines, holm(list(headlines.values())), strict=True))
     differences = [Difference(*key, one, p_holm.get(key)) for key, one in paired.items()]
-    return Comparison(str(folder_a), str(folder_b), differences, notes_of)
+    return Comparison(str(folder_a), str(folder_b), differences, notes_of, settings)
 
 
 def pair(metric: str, a: Float[np.ndarray, "N 2"], b: Float[np.ndarray, "N 2"]) -> Paired:
@@ -152,6 +166,7 @@ def format_comparison(comparison: Comparison) -> str:
         mark = " (log B/A)" if is_perplexity(metric) else ""
         rows.append([task, metric + mark, *values, change, stderr, *flips, *ps])
     notes = [f"{task}: {words}" for task, words in comparison.notes.items()]
+    notes += [f"{line} ({', '.join(tasks)})" for line, tasks in comparison.settings.items()]
     head = f"A = {comparison.a}\nB = {comparison.b}"
     return "\n\n".join([head, align(rows, left=(0, 1)), *(["\n".join(notes)] if notes else [])])
 
@@ -170,6 +185,29 @@ def _left_out(a: Mapping[str, Any], b: Mapping[str, Any], *, num_same: int) -> l
         (len(b) - common, "only in B"),
     ]
     return [f"{number:,} left out, {what}" for number, what in facts if number]
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Settings beside the model itself, a line each."""
+    flat_a, flat_b = (
+        {key: value for key, value in settings.items() if not isinstance(value, Mapping)}
+        | {
+            f"{k}.{key}": x
+            for k, of in settings.items()
+            if isinstance(of, Mapping)
+            for key, x in of.items()
+        }
+        for settings in (a, b)
+    )
+    return [
+        f"{key}: A {_plain(flat_a.get(key))}, B {_plain(flat_b.get(key))}"
+        for key in sorted(flat_a.keys() | flat_b.keys())
+        if key != "fingerprint" and flat_a.get(key) != flat_b.get(key)
+    ]
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _metrics(samples: Sequence[Mapping[str, Any]]) -> list[str]:

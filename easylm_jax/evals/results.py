@@ -175,7 +175,7 @@ class SampleFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.known = read_samples(out_dir, task_name)
         _agree(
-            path, path.with_suffix(".settings.json"), to_json(settings), started=bool(self.known)
+            path, _settings_path(out_dir, task_name), to_json(settings), started=bool(self.known)
         )
         lines = path.read_bytes() if path.exists() else b""
         self._file = path.open("ab")
@@ -210,6 +210,11 @@ def read_samples(out_dir: epath.PathLike, task_name: str) -> list[dict[str, Any]
                 f"{line[:40].decode(errors='replace')!r}; delete that line to ask for it again"
             ) from error
     return list(samples.values())
+
+
+def read_settings(out_dir: epath.PathLike, task_name: str) -> dict[str, Any]:
+    """What the samples of a task were made with."""
+    return _read_json(_settings_path(out_dir, task_name))
 
 
 def write_results(out_dir: epath.PathLike, results: Results) -> None:
@@ -251,12 +256,20 @@ def _sample_path(out_dir: epath.PathLike, task_name: str) -> epath.Path:
     return epath.Path(out_dir) / "samples" / f"{task_name}.jsonl"
 
 
+def _settings_path(out_dir: epath.PathLike, task_name: str) -> epath.Path:
+    return _sample_path(out_dir, task_name).with_suffix(".settings.json")
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+
 def _agree(path: epath.Path, beside: epath.Path, settings: Any, *, started: bool) -> None:
     """Settings of a file that has samples are those of now; of an empty one they are noted."""
     if not started:
         _replace(beside, json.dumps(settings, indent=1) + "\n")
         return
-    noted = json.loads(beside.read_bytes()) if beside.exists() else {}
+    noted = _read_json(beside)
     for key in sorted(settings.keys() | noted.keys()):
         if settings.get(key) != noted.get(key):
             raise ValueError(
@@ -280,12 +293,14 @@ MODELS_A_LINE = 4
 
 
 def format_table(results: Results) -> str:
-    """All numbers of a run with what it takes to compare them; then the published ones."""
+    """All numbers of a run with what it takes to compare them; the published ones; what a judge
+    says of chat."""
     tasks = to_json(results)["tasks"]
     rows = [line for name, task in tasks.items() for line in _task_lines(name, task)]
     head = ["task", "metric", "value", "± stderr", "n", "shots", "normaliser", "prompts"]
     parts = [align([head, *rows], left=(0, 1, 6, 7))] if rows else []
     parts += _published_tables(tasks)
+    parts += _chat_tables(to_json(results).get("chat") or {})
     notes = [
         f"{'FAILED' if task['status'] == 'failed' else 'PARTIAL'} {name}: {reason}"
         for name, task in tasks.items()
@@ -406,6 +421,14 @@ def write_stderr(metric: str, stderr: float | None) -> str:
     return f"{100 * stderr:.1f}" if is_share(metric) else f"{stderr:.2g}"
 
 
+def write_with_stderr(row: Mapping[str, Any] | None) -> str:
+    """79.8 % ± 1.2, of a row that there may be."""
+    if row is None:
+        return ""
+    stderr = write_stderr(row["metric"], row["stderr"])
+    return write_value(row["metric"], row["value"]) + (f" ± {stderr}" if stderr else "")
+
+
 def align(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """A table of text under its first row; columns named in `left` begin at one edge."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -430,6 +453,32 @@ def _task_lines(name: str, task: Mapping[str, Any]) -> list[list[str]]:
         facts = [n, str(row["shots"]), row["normaliser"], row["prompt_hash"]]
         lines.append([first.rstrip(), row["metric"], value, stderr, *facts])
     return lines
+
+
+_JUDGED = ("judge_score", "win_rate", "lc_win_rate", "longer_wins", "parse_failures")
+
+
+def _chat_tables(chat: Mapping[str, Any]) -> list[str]:
+    """Win rates or grades with what to know beside them, ratings, and what was not judged."""
+    rows, ratings, reasons = [], [["Elo", "model", "rating", "95 %", "games"]], []
+    found = {
+        name: {r["metric"]: r for r in t["rows"] if r["group"] == ALL} for name, t in chat.items()
+    }
+    metrics = [metric for metric in _JUDGED if any(metric in of_it for of_it in found.values())]
+    for name, told in chat.items():
+        if found[name]:
+            cells = [write_with_stderr(found[name].get(metric)) for metric in metrics]
+            rows.append([name, told["against"] or "alone", told["judge"], *cells])
+        if told.get("reason"):
+            reasons.append(f"NOT _JUDGED {name}: {told['reason']}")
+        for model, one in told.get("elo", {}).items():
+            interval = f"{one['low']:.0f} to {one['high']:.0f}"
+            ratings.append([name, model, f"{one['rating']:.0f}", interval, f"{one['games']:,}"])
+    tables = (
+        [align([["chat", "against", "judge", *metrics], *rows], left=(0, 1, 2))] if rows else []
+    )
+    tables += [align(ratings, left=(0, 1))] if len(ratings) > 1 else []
+    return [*tables, *(["\n".join(reasons)] if reasons else [])]
 
 
 def _published_tables(tasks: Mapping[str, Any]) -> list[str]:

@@ -63,15 +63,15 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
-def write_run(folder, tasks, *, status="whole"):
+def write_run(folder, tasks, *, status="whole", done=1, settings=None):
     """`tasks`: {name: {id: (prompt_hash, score)}}"""
     for name, items in tasks.items():
-        with SampleFile(folder, name, settings={}) as file:
+        with SampleFile(folder, name, settings=settings or {}) as file:
             file.write(
                 {"id": i, "group": "", "prompt_hash": h, "scores": {"acc": [x, 1]}}
                 for i, (h, x) in items.items()
             )
-    facts = {"status": status, "done": 1, "total": 1, "available": 1, "headline": "acc"}
+    facts = {"status": status, "done": done, "total": done, "available": done, "headline": "acc"}
     write_results(folder, {"tasks": dict.fromkeys(tasks, facts)})
 
 
@@ -92,6 +92,26 @@ def test_only_items_with_the_same_prompt_are_paired(tmp_path):
     text = format_comparison(found)
     assert "B has 1 of 1, PARTIAL" in text and "1 left out, asked with other prompts" in text
     assert "1 left out, only in A" in text and "1 left out, only in B" in text
+
+
+def test_other_settings_and_samples_that_results_do_not_count_are_told(tmp_path):
+    """The samples of B are of an earlier start, its results of one with a lower --limit."""
+    items = {f"q{i}": (f"h{i}", i % 2) for i in range(6)}
+    settings = {"fingerprint": "a", "dtype": "float32", "generate": {"n": 1, "temperature": 0.0}}
+    tasks = {"quiz": items, "koala": items}
+    write_run(tmp_path / "a", tasks, done=6, settings=settings)
+    settings = settings | {"fingerprint": "b", "generate": {"n": 1, "temperature": 0.7}}
+    settings |= {"template": "plain"}
+    write_run(tmp_path / "b", tasks, done=2, settings=settings)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found.notes["quiz"] == "6 in common are compared, B's results.json counts 2"
+    lines = format_comparison(found).splitlines()[-2:]
+    assert lines == [
+        "generate.temperature: A 0.0, B 0.7 (quiz, koala)",
+        "template: A null, B plain (quiz, koala)",
+    ]
+    again = compare(tmp_path / "a", tmp_path / "a")
+    assert (again.notes, again.settings) == ({}, {})
 
 
 def test_nothing_in_common_is_one_sentence(tmp_path):

@@ -31,14 +31,16 @@ def test_the_p_of_a_preference_is_a_sign_test_over_questions(tmp_path):
     won, lost = sum(s > 0 for s in sums), sum(s < 0 for s in sums)
     assert 0 < lost < won < won + lost < 30
     chat = {"mt": {"judge": "j", "against": "base", "rows": report.rows, "reason": ""}}
-    (row, equal_length) = panel(Comparison("a", "b", [], {}), chat)["rows"]
+    (row, equal_length) = panel(Comparison("a", "b", [], {}, {}), chat)["rows"]
     rate = 0.5 + sum(worth.values()) / 120
     assert row[:4] == [
         "preference", "mt: win rate", f"{100 - 100 * rate:.1f} %", f"{100 * rate:.1f} %"
     ]  # fmt: skip
     assert row[6] == write_p(scipy.stats.binomtest(won, won + lost).pvalue)
     assert equal_length[6] == ""
-    assert panel(Comparison("a", "b", [], {}), {"mt": chat["mt"] | {"against": "x"}})["rows"] == []
+    assert (
+        panel(Comparison("a", "b", [], {}, {}), {"mt": chat["mt"] | {"against": "x"}})["rows"] == []
+    )
 
 
 def test_style_stands_before_abilities_of_which_only_headlines_are_shown():
@@ -48,7 +50,7 @@ def test_style_stands_before_abilities_of_which_only_headlines_are_shown():
         Difference("mmlu", "acc_norm", same, None),
         Difference("koala", "words", same, None),
     ]
-    found = panel(Comparison("a", "b", differences, {}), {})
+    found = panel(Comparison("a", "b", differences, {}, {}), {})
     assert [row[:2] for row in found["rows"]] == [
         ["style", "koala: words per answer"],
         ["ability", "mmlu: acc"],

@@ -10,6 +10,7 @@ import pytest
 from easylm_jax.evals.results import (
     ALL,
     MACRO,
+    Row,
     SampleFile,
     beside_published,
     estimate,
@@ -206,3 +207,30 @@ def test_which_metrics_are_percent():
     shares = "acc acc_norm greedy_acc exact_match mc2 pass@10 maj@100 lc_win_rate parse_failures"
     others = "perplexity bits_per_byte words judge_score characters loss"
     assert all(map(is_share, shares.split())) and not any(map(is_share, others.split()))
+
+
+def test_the_table_ends_with_what_a_judge_says():
+    def row(metric, value, stderr, group=""):
+        return Row(metric, value, stderr, 80, group, 0, "none", "h")
+
+    rows = [row("flips", 0.1, 0.01), row("win_rate", 0.738, 0.05), row("win_rate", 1.0, 0, "math")]
+    rows += [row("lc_win_rate", 0.629, 0.113), row("parse_failures", 0.0, None)]
+    elo = {"m": {"rating": 1041.2, "low": 1020.0, "high": 1065.0, "games": 320}}
+    chat = {
+        "koala": {"judge": "longest", "against": "base", "rows": rows, "reason": ""},
+        "mt": {"judge": "j", "against": "", "rows": [row("judge_score", 6.25, 0.2)], "reason": ""},
+        "vicuna": {"judge": "j", "against": "", "rows": [], "reason": "it did not answer"},
+        "all": {"judge": "j", "against": "", "rows": [], "elo": elo},
+    }
+    lines = format_table({"tasks": {}, "chat": chat}).splitlines()
+    assert [" ".join(line.split()) for line in lines if not line.startswith("-")] == [
+        "chat against judge judge_score win_rate lc_win_rate parse_failures",
+        "koala base longest 73.8 % ± 5.0 62.9 % ± 11.3 0.0 %",
+        "mt alone j 6.250 ± 0.2",
+        "",
+        "Elo model rating 95 % games",
+        "all m 1041 1020 to 1065 320",
+        "",
+        "NOT JUDGED vicuna: it did not answer",
+    ]
+    assert format_table({"tasks": {}}) == ""
