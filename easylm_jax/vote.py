@@ -1,4 +1,8 @@
-"""A page for blind votes: `python -m easylm_jax.vote --answers=A.jsonl,B.jsonl --out=votes.jsonl`
+"""A page for blind votes, and what a judge has in common with them.
+
+    python -m easylm_jax.vote --answers=A/answers/koala.jsonl,B/answers/koala.jsonl \\
+        --questions=A/samples/koala.jsonl --out=votes.jsonl
+    python -m easylm_jax.vote --votes=votes.jsonl --judgements=A/judgements/koala.B.jsonl
 
 People compare the answers of two models as Koala's raters did: the two side by side, seats and
 order drawn for each voter, "left is better", "about equal" or "right is better". What it is not: a
@@ -39,6 +43,7 @@ from absl import flags
 from easylm_jax.config import run_main
 from easylm_jax.data.readers import read_records
 from easylm_jax.evals.chat_answers import Answers, read_answers, text_key
+from easylm_jax.evals.raters import format_agreement, join
 from easylm_jax.evals.results import Estimate
 from easylm_jax.evals.win_rate import agreement, mean
 
@@ -167,7 +172,7 @@ class VoteFile:
         self._file.close()
 
 
-def _read_record(line: bytes, where: str, models: set[str]) -> Record:
+def _read_record(line: bytes, where: str, models: set[str] | None = None) -> Record:
     try:
         record = json.loads(line)
         found = {record["left"], record["right"]}
@@ -176,12 +181,38 @@ def _read_record(line: bytes, where: str, models: set[str]) -> Record:
         whole = False
     if not whole:
         raise ValueError(f"{where} is no vote: expected an object with {', '.join(KEYS)}") from None
-    if found != models:
+    if models and found != models:
         raise ValueError(
             f"{where} is a vote on {' and '.join(sorted(found))}, not on "
             f"{' and '.join(sorted(models))}: name another --out"
         )
     return record
+
+
+def read_votes(paths: Sequence[str]) -> list[Record]:
+    """The votes that count, of files of any models."""
+    polls: dict[frozenset[str], list[Record]] = {}
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"there is no {path}: name a file that the vote page wrote")
+        *lines, _ = Path(path).read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            record = _read_record(line, f"{path}:{number}")
+            polls.setdefault(frozenset({record["left"], record["right"]}), []).append(record)
+    return [vote for poll in polls.values() for vote in last_votes(poll).values()]
+
+
+def read_pair_judgements(paths: Sequence[str]) -> list[Record]:
+    """Of pairs alone, which evaluate keeps apart from grades."""
+    judged = []
+    for where, record in read_records(paths, counts=Counter()):
+        if lacking := {"question_id", "turn", "a", "b", "order", "verdict"} - set(record):
+            raise ValueError(
+                f"{where} is no judgement of a pair, it lacks {', '.join(sorted(lacking))}: name "
+                "a file of OUT/judgements that evaluate wrote with --against"
+            )
+        judged.append(record)
+    return judged
 
 
 class Poll:
@@ -427,7 +458,8 @@ def open_poll(answers: Sequence[str], questions: str, out: Path, *, seed: int = 
     asked = read_questions(questions) if questions else a.questions | b.questions
     if not asked:
         raise ValueError(
-            f"{answers[0]} and {answers[1]} do not say what was asked: name the --questions"
+            f"{answers[0]} and {answers[1]} do not say what was asked: name a file that does, such "
+            "as --questions=OUT/samples/TASK.jsonl of evaluate"
         )
     a, b = (_by_question(each, asked) for each in (a, b))
     both = {i: turns for i, turns in asked.items() if i in a.turns and i in b.turns}
@@ -449,6 +481,14 @@ def main(argv: list[str]) -> None:
     options = flags.FLAGS
     if len(argv) > 1:
         raise ValueError(f"arguments {argv[1:]} are not understood; write --answers=A,B")
+    if options.votes or options.judgements:
+        if not (options.votes and options.judgements):
+            raise ValueError("--votes and --judgements need each other: name files of both")
+        found = join(read_votes(options.votes), read_pair_judgements(options.judgements))
+        print("\n\n".join(format_agreement(*item) for item in found.items()))
+        return
+    if not options.answers:
+        raise ValueError("--answers is needed: two files of answers, --answers=A,B")
     if options.host in ("0.0.0.0", "::"):
         raise ValueError(
             f"--host={options.host} is the name of no machine: give the address that voters open"
@@ -472,11 +512,15 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("answers", None, "Two files of answers, FastChat's JSONL or AlpacaEval's.")
     flags.DEFINE_string(
-        "questions", "", "A task's data, or samples of evaluate; default: what the answers say."
+        "questions",
+        "",
+        "What was asked: OUT/samples/TASK.jsonl of evaluate, or a task's data. Only AlpacaEval's "
+        "layout of answers says it itself.",
     )
     flags.DEFINE_string("out", "votes.jsonl", "The votes; those that are there count.")
+    flags.DEFINE_list("votes", [], "No page: compare these votes with --judgements.")
+    flags.DEFINE_list("judgements", [], "Of the same answers, OUT/judgements/ of evaluate.")
     flags.DEFINE_string("host", "127.0.0.1", "Serve this address; default: to this machine alone.")
     flags.DEFINE_integer("port", 0, "0 takes any that is free.")
     flags.DEFINE_integer("seed", 0, "Of the order of questions and the seats.")
-    flags.mark_flag_as_required("answers")
     run_main(main)

@@ -6,9 +6,11 @@ import http.client
 import json
 import os
 import random
+import re
 import select
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -480,3 +482,30 @@ def test_a_voter_at_the_keyboard(tmp_path, browser):
         tab.wait("document.querySelectorAll('#result td').length === 12")
         assert MODELS[0] in tab.text("#result")
     assert not browser.complaints
+
+
+def test_votes_and_judgements_are_compared_on_the_command_line(tmp_path):
+    """In a process of its own, as flags are; nobody is asked for answers and nothing is served."""
+    seats = dict(left=MODELS[1], right=MODELS[0], seconds=1.0, time="", voter="ann")
+    records = [seats | {"question_id": "1", "vote": vote} for vote in ("left", "undone", "right")]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    judged = [
+        {"question_id": "1", "turn": 1, "order": order, "a": MODELS[0], "b": MODELS[1],
+         "judge": "j", "verdict": "a", "len_a": 1, "len_b": 2}
+        for order in ("ab", "ba")
+    ]  # fmt: skip
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(r) + "\n" for r in judged))
+    (tmp_path / "grades.jsonl").write_text('{"question_id": "1", "turn": 1, "rating": 7}\n')
+    command = [sys.executable, "-m", "easylm_jax.vote", f"--votes={tmp_path}/votes.jsonl"]
+    done = subprocess.run(
+        [*command, f"--judgements={tmp_path}/judged.jsonl"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "j: 1 votes on 1 questions" in done.stdout
+    assert re.search(r"majority of all +100.0 % +1 ", done.stdout)
+    assert re.search(r"majority chose the longer answer +0.0 % +1 ", done.stdout)
+    assert re.search(r"two voters agree +- +0 ", done.stdout)
+    with pytest.raises(ValueError, match=r"grades.jsonl:1 is no judgement of a pair, it lacks a, "):
+        vote.read_pair_judgements([str(tmp_path / "grades.jsonl")])
+    with pytest.raises(ValueError, match=r"there is no .*none.jsonl"):
+        vote.read_votes([str(tmp_path / "none.jsonl")])

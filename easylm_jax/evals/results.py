@@ -470,7 +470,7 @@ def _chat_tables(chat: Mapping[str, Any]) -> list[str]:
             cells = [write_with_stderr(found[name].get(metric)) for metric in metrics]
             rows.append([name, told["against"] or "alone", told["judge"], *cells])
         if told.get("reason"):
-            reasons.append(f"NOT _JUDGED {name}: {told['reason']}")
+            reasons.append(f"NOT JUDGED {name}: {told['reason']}")
         for model, one in told.get("elo", {}).items():
             interval = f"{one['low']:.0f} to {one['high']:.0f}"
             ratings.append([name, model, f"{one['rating']:.0f}", interval, f"{one['games']:,}"])

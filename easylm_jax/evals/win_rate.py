@@ -5,7 +5,7 @@ anything between (AlpacaEval's weighted judges). Comparisons of one question are
 observations: where there may be several, `clusters` says which belong together.
 
 What it is not: the judging (`judge.py`), or the votes of people (the blind page writes them).
-Called by `judge.py` and by whoever has a file of labels.
+Called by `judgements.py`, `raters.py` and vote.py.
 """
 
 import itertools
@@ -220,6 +220,8 @@ def agreement_with_majority(votes: Votes, judge: Sequence[Hashable] | None = Non
 def cohens_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> Estimate:
     """Agreement of two raters beyond that of chance: 0 is chance, 1 is perfect (Cohen 1960)."""
     n = len(first)
+    if not n:
+        return Estimate(float("nan"), None, 0)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
     shares_a, shares_b = Counter(first), Counter(second)
     chance = sum(shares_a[vote] * shares_b[vote] for vote in shares_a) / n**2

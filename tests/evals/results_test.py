@@ -213,7 +213,11 @@ def test_the_table_ends_with_what_a_judge_says():
     def row(metric, value, stderr, group=""):
         return Row(metric, value, stderr, 80, group, 0, "none", "h")
 
-    rows = [row("flips", 0.1, 0.01), row("win_rate", 0.738, 0.05), row("win_rate", 1.0, 0, "math")]
+    rows = [
+        row("flips", 0.1, 0.01),
+        row("win_rate", 0.738, 0.05),
+        row("win_rate", 1.0, 0.0, "math"),
+    ]
     rows += [row("lc_win_rate", 0.629, 0.113), row("parse_failures", 0.0, None)]
     elo = {"m": {"rating": 1041.2, "low": 1020.0, "high": 1065.0, "games": 320}}
     chat = {
