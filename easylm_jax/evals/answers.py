@@ -26,13 +26,7 @@ Response = dict[str, Any]
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def ask(
-    lm: LanguageModel,
-    task: Task,
-    items: Sequence[Item],
-    *,
-    on_done: Callable[[int], None] | None = None,
-) -> list[Response]:
+def ask(lm: LanguageModel, task: Task, items: Sequence[Item]) -> list[Response]:
     """The texts that the model writes after every item's prompt."""
     how = task.generate
     requests = [
@@ -43,10 +37,11 @@ def ask(
             temperature=how.temperature,
             top_p=how.top_p,
             n=how.n,
+            seed=item.seed,
         )
         for item in items
     ]
-    made = lm.generate_until(requests, on_done=on_done)
+    made = lm.generate_until(requests)
     return [{"texts": [completion.text for completion in of_item]} for of_item in made]
 
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easylm_jax.data.readers import read_records
@@ -47,13 +47,7 @@ class Answers:
 # -------------------------------------------------------------------- kind chat: asking, scoring
 
 
-def ask(
-    lm: LanguageModel,
-    task: Task,
-    items: Sequence[Item],
-    *,
-    on_done: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
+def ask(lm: LanguageModel, task: Task, items: Sequence[Item]) -> list[dict[str, Any]]:
     """`{"turns": [answer, ...]}` of every item: turn after turn, many conversations at once."""
     temperatures = task.chat["temperatures"] if "temperatures" in task.chat else {}
 
@@ -73,7 +67,7 @@ def ask(
                 temperature=temperature,
                 top_p=task.generate.top_p,
                 stop=task.generate.until,
-                on_done=on_done if turn == num_turns - 1 else None,
+                seed=[items[p].seed + turn for p in places],
             )
             for place, answer in zip(places, made, strict=True):
                 answers[place].append(answer)

@@ -14,7 +14,7 @@ What it is not: what they are (`task.py`), or means over items (`results.py`). C
     perplexity     minus the log-probability; its exponential is of the mean
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,20 +25,14 @@ from easylm_jax.language_model import LanguageModel
 Response = dict[str, Any]
 
 
-def ask(
-    lm: LanguageModel,
-    task: Task,
-    items: Sequence[Item],
-    *,
-    on_done: Callable[[int], None] | None = None,
-) -> list[Response]:
-    """The log-probabilities of every item's continuations; `on_done` hears of each."""
+def ask(lm: LanguageModel, task: Task, items: Sequence[Item]) -> list[Response]:
+    """The log-probabilities of every item's continuations."""
     wants_unconditional = "acc_uncond" in task.metrics
     pairs = [pair for item in items for pair in item.pairs]
     if wants_unconditional:
         pairs += [(task.unconditional, choice) for item in items for _, choice in item.pairs]
     unique = list(dict.fromkeys(pairs))  # "yes" after "Answer:" is the same in every item
-    found = dict(zip(unique, lm.loglikelihood(unique, on_done=on_done), strict=True))
+    found = dict(zip(unique, lm.loglikelihood(unique), strict=True))
     responses = []
     for item in items:
         scored = [found[pair] for pair in item.pairs]

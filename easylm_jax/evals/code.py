@@ -7,7 +7,7 @@ permission. What it is not: what holds programs back, see `sandbox.py`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easylm_jax.evals import sandbox
@@ -18,7 +18,7 @@ from easylm_jax.language_model import LanguageModel
 Response = dict[str, Any]
 
 
-def require_permission(allowed: bool, *, unprotected: bool = False) -> str:
+def require_permission(allowed: bool) -> str:
     """What protects the user on this machine, in a sentence to show before the first program.
 
     Raises:
@@ -29,8 +29,7 @@ def require_permission(allowed: bool, *, unprotected: bool = False) -> str:
             "this task runs programs that the model writes, which nobody has read: allow that "
             "with --allow_code_execution (they run in a sandbox)"
         )
-    if not unprotected:
-        sandbox.require_protection()
+    sandbox.require_protection()
     return sandbox.protection()
 
 
@@ -40,38 +39,20 @@ def ask(
     items: Sequence[Item],
     *,
     allow_code_execution: bool = False,
-    unprotected: bool = False,
-    on_done: Callable[[int], None] | None = None,
 ) -> list[Response]:
-    """What the model writes after every item's prompt, and what became of it.
-
-    `on_done` counts the items written; running their programs takes moments.
-    """
-    require_permission(allow_code_execution, unprotected=unprotected)
-    for metric in task.metrics:
-        if _draws(metric) > task.generate.n:
-            raise ValueError(
-                f"task {task.name}: {metric} needs {_draws(metric)} or more programs per problem, "
-                f"got generate.n = {task.generate.n}; raise that, or leave out the metric"
-            )
+    """What the model writes after every item's prompt, and what became of it."""
+    require_permission(allow_code_execution)
     for item in items:
         if item.prompt != item.prompt.rstrip():
             raise ValueError(
                 f"task {task.name}, item {item.id}: the prompt ends in white space, which no "
                 "tokenizer would have cut there; end it before, as the completion brings its own"
             )
-    responses = ask_for_texts(lm, task, items, on_done=on_done)
-    return run(task, items, responses, unprotected=unprotected)
+    return run(task, items, ask_for_texts(lm, task, items))
 
 
 def run(
-    task: Task,
-    items: Sequence[Item],
-    responses: Sequence[Mapping[str, Any]],
-    *,
-    unprotected: bool = False,
-    workers: int | None = None,
-    on_done: Callable[[int], None] | None = None,
+    task: Task, items: Sequence[Item], responses: Sequence[Mapping[str, Any]]
 ) -> list[Response]:
     """The responses with the outcome of every text's program; equal programs run once."""
     programs = [
@@ -79,9 +60,7 @@ def run(
         for item, response in zip(items, responses, strict=True)
     ]
     different = list(dict.fromkeys(program for of_item in programs for program in of_item))
-    outcomes = sandbox.run_programs(
-        different, workers=workers, unprotected=unprotected, on_done=on_done
-    )
+    outcomes = sandbox.run_programs(different)
     found = {p: outcome._asdict() for p, outcome in zip(different, outcomes, strict=True)}
     return [
         {"texts": list(response["texts"]), "outcomes": [found[program] for program in of_item]}
@@ -99,15 +78,8 @@ def score(task: Task, item: Item, response: Mapping[str, Any]) -> dict[str, tupl
     """The task's metrics, each as (sum, weight)."""
     statuses = [outcome["status"] for outcome in response["outcomes"]]
     n, right = len(statuses), statuses.count("passed")
-    return {metric: (pass_at_k(n, right, _draws(metric)), 1.0) for metric in task.metrics}
-
-
-def _draws(metric: str) -> int:
-    """10 of pass@10."""
-    name, _, k = metric.partition("@")
-    if name != "pass" or not k.isdecimal() or int(k) == 0:
-        raise ValueError(f"metric {metric!r} of a code task: expected pass@K, such as pass@1")
-    return int(k)
+    draws = {metric: int(metric.removeprefix("pass@")) for metric in task.metrics}
+    return {metric: (pass_at_k(n, right, k), 1.0) for metric, k in draws.items()}
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -8,7 +8,6 @@ They are files in `recipes/`, data only:
     - task: quiz
       shots: 5
       metric: acc_norm              # the headline in this recipe
-      override: {delimiter: ""}     # keys of the task's file that differ
       published:                    # percent, by metric and model
         acc_norm: {Model-7B: 51.2}
       groups:                       # the same of the headline alone, by group of the task
@@ -27,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from easylm_jax.evals.task import Task, find_task, override, select_metric
+from easylm_jax.evals.task import Task, find_task, select_metric
 
 FOLDER = pathlib.Path(__file__).parent / "recipes"
 
@@ -65,9 +64,9 @@ def find_recipe(name: str) -> Recipe:
 
 
 def _entry(found: Mapping[str, Any], source: str) -> Entry:
-    known = {"task": "", "shots": None, "metric": "", "override": {}, "published": {}, "groups": {}}
+    known = {"task": "", "shots": None, "metric": "", "published": {}, "groups": {}}
     entry = known | {"source": source} | found
-    task = override(find_task(entry["task"]), entry["override"])
+    task = find_task(entry["task"])
     task = select_metric(task, entry["metric"] or task.headline)
     numbers = [(metric, "", by_model) for metric, by_model in entry["published"].items()]
     numbers += [(task.headline, group, by_model) for group, by_model in entry["groups"].items()]

@@ -9,7 +9,7 @@ them, over a corpus,
     word_perplexity    the exponential of the mean over words, which white space parts
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easylm_jax.evals.task import Item, Task
@@ -18,15 +18,9 @@ from easylm_jax.language_model import LanguageModel
 Response = dict[str, Any]
 
 
-def ask(
-    lm: LanguageModel,
-    task: Task,
-    items: Sequence[Item],
-    *,
-    on_done: Callable[[int], None] | None = None,
-) -> list[Response]:
+def ask(lm: LanguageModel, task: Task, items: Sequence[Item]) -> list[Response]:
     """The log-likelihood of every text, each token predicted once."""
-    found = lm.loglikelihood_rolling([item.prompt for item in items], on_done=on_done)
+    found = lm.loglikelihood_rolling([item.prompt for item in items])
     return [{"log_prob": one.log_prob, "num_tokens": one.num_tokens} for one in found]
 
 

@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,13 +54,8 @@ def guards() -> Guards:
 
 
 def protection() -> str:
-    """One sentence: what programs can and cannot do on this machine. To be shown to the user."""
-    landlock, seccomp = guards()
-    if not seccomp:
-        return (
-            "Programs run with limits on time, memory, processes and file sizes only: on this "
-            "machine nothing keeps them from the network, from your files or from your processes."
-        )
+    """One sentence: what programs can and cannot do where `require_protection` passes."""
+    landlock = guards().landlock
     files = (
         f"(Landlock {landlock}) read only Python's own files and write only to a fresh folder"
         if landlock
@@ -87,15 +82,12 @@ def run_program(
     *,
     timeout_s: int = 5,
     memory_mb: int = 1024,
-    unprotected: bool = False,
 ) -> Outcome:
     """Runs `source` to its end. `timeout_s` is processor time; the clock allows four times that.
 
     Processor time makes an outcome independent of how busy the machine is.
-    `unprotected` is the user's word that running without guards is fine where there are none.
     """
-    if not unprotected:
-        require_protection()
+    require_protection()
     token = secrets.token_hex(16).encode()
     token_read, token_write = os.pipe()
     report_read, report_write = os.pipe()
@@ -183,21 +175,13 @@ def _outcome(returncode: int, report: bytes, token: bytes) -> Outcome:
 def run_programs(
     sources: Sequence[str],
     *,
-    workers: int | None = None,
     timeout_s: int = 5,
     memory_mb: int = 1024,
-    unprotected: bool = False,
-    on_done: Callable[[int], None] | None = None,
 ) -> list[Outcome]:
     """`run_program` of all, as many at once as there are processors; outcomes in order."""
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
-    limits = {"timeout_s": timeout_s, "memory_mb": memory_mb, "unprotected": unprotected}
+    pool = ThreadPoolExecutor(os.cpu_count())
+    limits = {"timeout_s": timeout_s, "memory_mb": memory_mb}
     try:
-        futures = [pool.submit(run_program, source, **limits) for source in sources]
-        for future in as_completed(futures):
-            future.result()
-            if on_done:
-                on_done(1)
+        return list(pool.map(lambda source: run_program(source, **limits), sources))
     finally:
         pool.shutdown(cancel_futures=True)
-    return [future.result() for future in futures]

@@ -16,10 +16,11 @@ Jinja (in a sandbox) over the fields of a document.
     metrics: [acc, acc_norm]
     headline: acc_norm
 
-`base: NAME` takes over what another task's file says. Beside the layouts in which a task was first
-published, files of the Hugging Face hub are read as TASK/SPLIT*.parquet. The prompts of the tasks
-here are those of lm-eval 0.4.13, unless their `about` says otherwise. Shots are the first of their
-split; lm-eval does so for MMLU alone, and draws others for every item by a seed.
+`base: NAME` takes over what another task says, `base: FILE.yaml` what a file beside it says. Beside
+the layouts in which a task was first published, files of the Hugging Face hub are read as
+TASK/SPLIT*.parquet. The prompts of the tasks here are those of lm-eval 0.4.13, unless their `about`
+says otherwise. Shots are the first of their split; lm-eval does so for MMLU alone, and draws others
+for every item by a seed.
 
 What it is not: the asking or the scoring, see `choice.py`, `answers.py`, `code.py`, `rolling.py`
 and `chat_answers.py`, one per kind; nor the reading of files, see `task_data.py`.
@@ -28,9 +29,13 @@ and `chat_answers.py`, one per kind; nor the reading of files, see `task_data.py
 import dataclasses
 import difflib
 import functools
+import hashlib
 import itertools
+import json
 import pathlib
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +43,7 @@ import jinja2
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from easylm_jax.evals import style
 from easylm_jax.evals.task_data import Doc, Source, missing, prepare_command, read_source
 
 FOLDER = pathlib.Path(__file__).parent / "tasks"
@@ -54,6 +60,7 @@ NORMALISERS = {
     "greedy_acc": "none",
     "perplexity": "none",
 }
+COMPARISONS = ("harness", "harness_nq", "llama", "number")  # normalisers, see answers.py
 Template = str | tuple[str, ...]
 
 
@@ -127,6 +134,12 @@ class Item:
     turns: tuple[str, ...] = ()
     gold: Any = None
 
+    @property
+    def seed(self) -> int:
+        """Of what is drawn for it: its own, so that order, batches and restarts change nothing."""
+        asked = json.dumps([self.id, self.prompt, self.turns])
+        return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:4])
+
 
 # ------------------------------------------------------------------------------------ task files
 
@@ -149,16 +162,8 @@ def select_metric(task: Task, metric: str) -> Task:
     return _checked(dataclasses.replace(task, metrics=metrics, headline=metric))
 
 
-def override(task: Task, changes: Mapping[str, Any]) -> Task:
-    """The task with some keys of its file changed, of `generate` those that are given."""
-    values = _values(changes, where=task.name)
-    if "generate" in changes:
-        given = _tuples(changes["generate"])
-        values["generate"] = dataclasses.replace(task.generate, **given)
-    return _checked(dataclasses.replace(task, **values))
-
-
-def _read_yaml(name: str) -> dict[str, Any]:
+def _read_yaml(name: str, *, above: tuple[pathlib.Path, ...] = ()) -> dict[str, Any]:
+    """What the file says, over what its base says; `above` are the files it is the base of."""
     file = pathlib.Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not file.exists():
         near = difflib.get_close_matches(name, task_names(), n=3, cutoff=0.4) or task_names()
@@ -172,8 +177,15 @@ def _read_yaml(name: str) -> dict[str, Any]:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__}, expected the keys of a task")
-    base = found.pop("base", None)
-    return (_read_yaml(base) if base else {}) | found
+    if (base := found.pop("base", None)) is None:
+        return found
+    if file.resolve() in above:
+        raise ValueError(f"{file} has itself as its base: name the task of another file")
+    if not isinstance(base, str):
+        raise ValueError(f"{file} has base = {base!r}, expected the name or the file of a task")
+    if base.endswith((".yaml", ".yml")):
+        base = str(file.parent / base)
+    return _read_yaml(base, above=(*above, file.resolve())) | found
 
 
 def _task_of(found: Mapping[str, Any], *, where: str) -> Task:
@@ -186,44 +198,106 @@ def _task_of(found: Mapping[str, Any], *, where: str) -> Task:
 
 def _values(found: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """The values of a task file as Task has them."""
-    values = dict(_known(found, Task, where))
-    if "data" in values:
-        sources = (_known(source, Source, f"{where}, data") for source in values["data"])
-        values["data"] = tuple(Source(**_tuples(source)) for source in sources)
+    values = dict(found)
+    if isinstance(values.get("data"), list):
+        values["data"] = [_source(one, f"{where}, data") for one in values["data"]]
     if "generate" in values:
-        given = _known(values["generate"], Generation, f"{where}, generate")
-        values["generate"] = Generation(**_tuples(given))
-    if "categories" in values:
+        of_generate = _typed(values["generate"], Generation, f"{where}, generate")
+        values["generate"] = Generation(**of_generate)
+    if isinstance(values.get("categories"), Mapping):
         values["categories"] = _tuples(values["categories"])
-    return _tuples(values)
+    return _typed(values, Task, where)
+
+
+def _source(found: Any, where: str) -> Source:
+    values = _typed(found, Source, where)
+    if "test" not in values:
+        raise ValueError(f"task {where}, has {found} without test: name the files of its items")
+    return Source(**values)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _known(values: Any, of: type, where: str) -> Mapping[str, Any]:
-    names = [field.name for field in dataclasses.fields(of)]
+def _typed(values: Any, of: type, where: str) -> dict[str, Any]:
+    """The values if they are those of `of`, lists as tuples."""
+    hints = typing.get_type_hints(of)
+    values = _tuples(_known(values, list(hints), where))
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            expected = _IN_WORDS.get(hints[key], "keys and lists of texts")
+            raise ValueError(f"task {where} has {key} = {value!r}, expected {expected}")
+    return {key: float(v) if hints[key] is float else v for key, v in values.items()}
+
+
+_IN_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    tuple[str, ...]: "a list of texts",
+    Template: "a text or a list of texts",
+    tuple[Source, ...]: "a list of keys and values",
+    Mapping[str, Any]: "keys and values",
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, of = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return True
+    if kind is types.UnionType:
+        return any(_fits(value, one) for one in of)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(one, of[0]) for one in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(_fits(one, of[1]) for one in value.values())
+    return isinstance(value, kind)
+
+
+def _known(values: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"task {where} is a {type(values).__name__}, expected keys and values")
     for key in values:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=3, cutoff=0.5) or names
+            near = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5) or names
             raise ValueError(f"task {where} has a key {key!r}; near it: {', '.join(near)}")
     return values
+
+
+def _metrics_of(task: Task) -> list[str]:
+    """What can be computed of it."""
+    n = task.generate.n
+    flexible = ["flexible_match"] if task.normaliser == "number" else []
+    return {
+        "choice": [*NORMALISERS],
+        "generate": ["exact_match", *flexible, *([f"maj@{n}"] if n > 1 else [])],
+        "code": [f"pass@{k}" for k in range(1, n + 1)],
+        "text": ["bits_per_byte", "byte_perplexity", "word_perplexity"],
+        "chat": [*style.ABOUT],
+    }[task.kind]
 
 
 def _checked(task: Task) -> Task:
     if task.kind not in KINDS:
         raise ValueError(f"task {task.name}: kind {task.kind!r} is none of {', '.join(KINDS)}")
-    unknown = [m for m in task.metrics if task.kind == "choice" and m not in NORMALISERS]
-    if unknown:
+    if task.kind == "generate" and task.generate.n > 1:
+        votes = f"maj@{task.generate.n}"
+        task = dataclasses.replace(task, metrics=tuple(dict.fromkeys((*task.metrics, votes))))
+    if task.kind == "generate" and task.normaliser not in COMPARISONS:
         raise ValueError(
-            f"task {task.name}: metric {unknown[0]!r} is none of {', '.join(NORMALISERS)}"
+            f"task {task.name}: normaliser {task.normaliser!r} is none of {', '.join(COMPARISONS)}"
         )
-    votes = f"maj@{task.generate.n}"
-    if task.kind == "generate" and task.generate.n > 1 and votes not in task.metrics:
-        task = dataclasses.replace(task, metrics=(*task.metrics, votes))
+    if task.kind != "generate" and task.normaliser:
+        raise ValueError(f"task {task.name}: a normaliser is for kind generate, not {task.kind}")
+    if task.kind == "code" and not isinstance(task.code.get("program"), str):
+        raise ValueError(f"task {task.name}: expected `code: {{program: TEXT}}`, got {task.code}")
+    known = _metrics_of(task)
+    if unknown := [metric for metric in task.metrics if metric not in known]:
+        near = f"{', '.join(known[:10])}{', ...' if len(known) > 10 else ''}"
+        raise ValueError(f"task {task.name}: metric {unknown[0]!r} is none of {near}")
     if task.headline not in task.metrics:
         raise ValueError(
             f"task {task.name}: the headline {task.headline!r} is none of its metrics, "
@@ -253,7 +327,7 @@ def make_items(
     """The task's items, `shots` (None: as its file says) in front of each, at most `limit`.
 
     Raises:
-      ValueError: the data are not there, lack a field, or have too few shots.
+      ValueError: the data are not there, lack a field, have too few shots, or one id twice.
     """
     shots = task.shots if shots is None else shots
     shots = 0 if task.kind in ("text", "chat") else shots
@@ -265,13 +339,18 @@ def make_items(
         for place, doc in _documents(task, source, data_dir, shots=True):
             shown.setdefault(_group(task, doc, place), []).append((place, doc))
         before = {group: _shots(task, of, shots) for group, of in shown.items()}
-    items, counts = [], itertools.count()
+    items, counts, places = [], itertools.count(), {}
     for place, doc in docs:
         group = _group(task, doc, place)
         if shots and group not in before:
             raise ValueError(f"task {task.name}: no shots are of the group {group!r} of {place}")
-        own_id = fill(task.id, doc, where=place) if task.id else str(next(counts))
-        items.append(_item(task, doc, place, str(own_id), group, before.get(group, "")))
+        own_id = str(fill(task.id, doc, where=place) if task.id else next(counts))
+        if own_id in places:
+            raise ValueError(
+                f"{place}, has the id {own_id!r} as {places[own_id]} does: make `id` differ"
+            )
+        places[own_id] = place
+        items.append(_item(task, doc, place, own_id, group, before.get(group, "")))
     return limit_items(items, limit)
 
 

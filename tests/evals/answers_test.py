@@ -1,5 +1,6 @@
 """Answers compared as LLaMA's paper, lm-eval and GSM8K compare them."""
 
+import dataclasses
 import json
 import random
 import re
@@ -7,14 +8,20 @@ import re
 import pytest
 
 from easylm_jax.evals import answers
-from easylm_jax.evals.task import Item, find_task, make_items, override
+from easylm_jax.evals.task import Item, find_task, make_items, select_metric
 from easylm_jax.language_model import Completion, LanguageModel
 from tests.evals.task_test import SLICES
 
 
+def drawing(task, **settings):
+    """The task with other settings of `generate`."""
+    task = dataclasses.replace(task, generate=dataclasses.replace(task.generate, **settings))
+    return select_metric(task, task.headline)
+
+
 def score(name, gold, *texts, n=None):
     task = find_task(name)
-    task = override(task, {"generate": {"n": n}}) if n else task
+    task = drawing(task, n=n) if n else task
     found = answers.score(task, Item("0", "", {}, gold=gold), {"texts": list(texts)})
     assert all(weight == 1.0 for _, weight in found.values())
     return {metric: total for metric, (total, _) in found.items()}
@@ -78,17 +85,21 @@ def test_asks_as_the_task_says():
         def __init__(self):
             pass
 
-        def generate_until(self, requests, *, on_done=None):
+        def generate_until(self, requests):
             asked.extend(requests)
             texts = [[f" {request.prompt}{i}" for i in range(request.n)] for request in requests]
             return [[Completion(text, [1], [0.0], "stop") for text in row] for row in texts]
 
-    task = override(find_task("nq_open"), {"generate": {"n": 2, "temperature": 0.5}})
+    task = drawing(find_task("nq_open"), n=2, temperature=0.5)
     items = [Item("0", "", {}, prompt="p"), Item("1", "", {}, prompt="q")]
     responses = answers.ask(Model(), task, items)
     assert responses == [{"texts": [" p0", " p1"]}, {"texts": [" q0", " q1"]}]
     assert json.loads(json.dumps(responses)) == responses
     assert [r.prompt for r in asked] == ["p", "q"]
+    seeds = [r.seed for r in asked]
+    answers.ask(Model(), task, [Item("2", "", {}, prompt="p"), items[1], items[0]])
+    assert [r.seed for r in asked[3:]] == seeds[::-1]  # whatever the order, and their own
+    assert len({*seeds, asked[2].seed}) == 3 and all(0 <= seed < 2**32 for seed in seeds)
     assert {(r.until, r.n, r.temperature, r.max_new_tokens) for r in asked} == {
         (("\n", ".", ","), 2, 0.5, 256)
     }

@@ -86,9 +86,7 @@ def talker(calls: list) -> LanguageModel:
     """A model that answers with all that was said, and the temperature."""
 
     def chat_batch(conversations, **settings):
-        calls.append((len(conversations), settings["temperature"]))
-        if settings["on_done"]:
-            settings["on_done"](len(conversations))
+        calls.append((len(conversations), settings["temperature"], settings["seed"]))
         said = ["|".join(f"{m['role'][0]}:{m['content']}" for m in c) for c in conversations]
         return [f"<{text} at {settings['temperature']}>" for text in said]
 
@@ -98,21 +96,24 @@ def talker(calls: list) -> LanguageModel:
 
 
 def test_both_turns_are_asked_in_batches_each_at_its_categorys_temperature():
-    task, calls, done = find_task("mt_bench"), [], []
+    task, calls = find_task("mt_bench"), []
     groups = ["math", "writing", "math", "stem", "writing"]
     items = [
         Item(str(i), g, {}, turns=(f"q{i}", f"r{i}") if i != 2 else ("q2",))
         for i, g in enumerate(groups)
     ]
-    found = ask(talker(calls), task, items, on_done=done.append)
+    found = ask(talker(calls), task, items)
     temperatures = {"math": 0.0, "writing": 0.7, "stem": 0.1}
     for i, response in enumerate(found):
         t = temperatures[groups[i]]
         first = f"<u:q{i} at {t}>"
         both = [first, f"<u:q{i}|a:{first}|u:r{i} at {t}>"]
         assert response == {"turns": both[: len(items[i].turns)]}
-    assert sorted(calls) == [(1, 0.0)] * 3 + [(1, 0.1)] * 2 + [(2, 0.7)] * 2
-    assert sum(done) == 5
+    assert sorted(call[:2] for call in calls) == [(1, 0.0)] * 3 + [(1, 0.1)] * 2 + [(2, 0.7)] * 2
+    seeds = [seed for _, _, of_call in calls for seed in of_call]
+    assert len(set(seeds)) == 9  # one of every turn of every item, also if it is asked alone
+    ask(talker(alone := []), task, items[4:])
+    assert {seed for _, _, of_call in alone for seed in of_call} < set(seeds)
 
 
 def test_answers_written_for_other_judges_come_back(tmp_path):

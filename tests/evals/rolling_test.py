@@ -15,7 +15,7 @@ class ByteModel(LanguageModel):
     def __init__(self):
         pass
 
-    def loglikelihood_rolling(self, texts, *, on_done=None):
+    def loglikelihood_rolling(self, texts):
         sizes = [len(text.encode()) for text in texts]
         return [Likelihood(-size * math.log(4), False, size) for size in sizes]
 

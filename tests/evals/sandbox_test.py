@@ -89,17 +89,15 @@ def test_what_is_harmless_works(tmp_path, monkeypatch):
         "from contextlib import redirect_stdout\nimport os\n"
         "with redirect_stdout(open(os.devnull, 'w')): print('é')",
     ]
-    done = []
-    outcomes = run_programs(programs, on_done=done.append)
+    outcomes = run_programs(programs)
     assert [outcome for outcome in outcomes if outcome.status != "passed"] == []
-    assert sum(done) == len(programs)
     assert not any(tmp_path.iterdir())  # the folders are gone
 
 
 @locked_in
 def test_outcomes_are_in_order_and_say_why():
     programs = ["assert False, 'first'", "1 / 0", "x = 1", "raise KeyError('z')", "def f(:"]
-    outcomes = run_programs(programs, workers=3)
+    outcomes = run_programs(programs)
     assert [o.message.partition("(")[0].strip() for o in outcomes] == [
         "AssertionError: first",
         "ZeroDivisionError: division by zero",
@@ -121,23 +119,20 @@ def test_a_sandbox_that_does_not_start_is_no_failed_program():
         run_program("pass", memory_mb=1 << 60)
 
 
-def test_without_guards_nothing_runs_unless_told(monkeypatch, tmp_path):
+def test_without_guards_nothing_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "guards", lambda: Guards(landlock=0, seccomp=False))
     mark = tmp_path / "ran"
     with pytest.raises(ValueError, match="needs Linux with seccomp"):
         run_program(f"open({str(mark)!r}, 'w')")
     assert not mark.exists()
-    assert "nothing keeps them from the network" in sandbox.protection()
-    assert run_program(f"open({str(mark)!r}, 'w')", unprotected=True).status == "passed"
-    assert mark.exists()
 
 
 def test_protection_is_one_sentence(monkeypatch):
     said = set()
-    for kernel in [*KERNELS, Guards(landlock=0, seccomp=False)]:
+    for kernel in KERNELS:
         monkeypatch.setattr(sandbox, "guards", lambda kernel=kernel: kernel)
         said.add(sandbox.protection())
-    assert len(said) == len({kernel.landlock for kernel in KERNELS}) + 1
+    assert len(said) == len({kernel.landlock for kernel in KERNELS})
     assert all(sentence.count(".") == 1 or "5.13" in sentence for sentence in said)
 
 

@@ -1,5 +1,6 @@
 """Prompts against texts written by hand, and the same from every layout of the data."""
 
+import dataclasses
 import json
 import pathlib
 from collections import Counter
@@ -14,7 +15,6 @@ from easylm_jax.evals.task import (
     find_task,
     limit_items,
     make_items,
-    override,
     select_metric,
     task_names,
 )
@@ -322,8 +322,8 @@ def test_tfds(tmp_path):
     )
     writer.write("train", PIQA | {"label": 1})
     writer.finish()
-    task = override(find_task("piqa"), {"data": [{"tfds": "piqa", "test": "train"}]})
-    [item] = make_items(task, str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("base: piqa\ndata: [{tfds: piqa, test: train}]\n")
+    [item] = make_items(find_task(str(tmp_path / "mine.yaml")), str(tmp_path))
     assert (item.pairs, item.gold) == (PIQA_PAIRS, 1)
 
 
@@ -333,12 +333,14 @@ def test_own_file_takes_over_another(tmp_path):
     task = find_task(str(file))
     assert (task.name, task.delimiter, task.shots) == ("mine", "", 2)
     assert task.prompt == find_task("piqa").prompt
+    (tmp_path / "below.yaml").write_text("base: mine.yaml\nshots: 3\n")  # beside it, not here
+    task = find_task(str(tmp_path / "below.yaml"))
+    assert (task.delimiter, task.shots) == ("", 3)
+    file.write_text("base: gsm8k\ngenerate: {n: 8, temperature: 1}\n")
+    assert find_task(str(file)).metrics == ("exact_match", "flexible_match", "maj@8")
 
 
-def test_changes():
-    task = override(find_task("gsm8k"), {"generate": {"n": 8, "temperature": 0.7}})
-    assert task.generate.n == 8 and task.generate.until == find_task("gsm8k").generate.until
-    assert task.metrics == ("exact_match", "flexible_match", "maj@8")
+def test_another_metric():
     task = select_metric(find_task("boolq"), "acc_uncond")
     assert (task.headline, task.metrics) == ("acc_uncond", ("acc", "acc_uncond"))
 
@@ -353,6 +355,25 @@ def test_changes():
         ("base: piqa\ndata: [{tets: a}]", "'tets'; near it: test"),
         ("name: mine\nkind: text", "has no about, data, metrics, headline"),
         ("base: hellaswg", "there is no task 'hellaswg'.* hellaswag"),
+        ("base: mine.yaml", "mine.yaml has itself as its base"),
+        ("base: [piqa]", r"has base = \['piqa'\], expected the name"),
+        ("base: piqa\ndata: [{shots: x}]", "data, has {'shots': 'x'} without test"),
+        ("base: piqa\ndata: x", "has data = 'x', expected a list of keys and values"),
+        ("base: piqa\ndata: [{test: 3}]", "data has test = 3, expected a text"),
+        ("base: piqa\nshots: five", "has shots = 'five', expected a whole number"),
+        ("base: piqa\nshots: yes", "has shots = True, expected a whole number"),
+        ("base: piqa\nchoices: [yes, no]", "expected a text or a list of texts"),
+        ("base: mmlu\ncategories: {a: b}", "expected keys and lists of texts"),
+        ("base: gsm8k\ngenerate: {until: x}", "generate has until = 'x', expected a list of text"),
+        ("base: gsm8k\ngenerate: {temperature: hot}", "temperature = 'hot', expected a number"),
+        ("base: gsm8k\nmetrics: [acc]", "'acc' is none of exact_match, flexible_match$"),
+        ("base: gsm8k\nmetrics: [maj@5]", "'maj@5' is none of exact_match, flexible_match$"),
+        ("base: gsm8k\nnormaliser: numbr", "'numbr' is none of harness, harness_nq, llama, number"),
+        ("base: gsm8k\nnormaliser: llama", "'flexible_match' is none of exact_match$"),
+        ("base: piqa\nnormaliser: llama", "a normaliser is for kind generate, not choice"),
+        ("base: wikitext\nmetrics: [acc]", "'acc' is none of bits_per_byte, byte_perplexity"),
+        ("base: mt_bench\nmetrics: [wrds]", "'wrds' is none of words"),
+        ("base: mbpp\ncode: {}", "expected `code: {program: TEXT}`"),
         ("- a", "holds a list"),
         ("a: [", "is not YAML"),
     ],
@@ -387,4 +408,11 @@ def test_templates_are_in_a_sandbox(tmp_path):
     task = find_task(f"text:{tmp_path}/a.jsonl")
     for attack in ("{{ text.__class__.__mro__ }}", "x{{ ''.__class__ }}"):
         with pytest.raises(ValueError, match="cannot be filled|is nothing"):
-            make_items(override(task, {"prompt": attack}), str(tmp_path))
+            make_items(dataclasses.replace(task, prompt=attack), str(tmp_path))
+
+
+def test_no_id_is_given_twice(tmp_path):
+    write(tmp_path, {"a.jsonl": lines({"text": "a"}, {"text": "b"}, {"text": "a"})})
+    task = dataclasses.replace(find_task(f"text:{tmp_path}/a.jsonl"), id="{{ text }}")
+    with pytest.raises(ValueError, match="a.jsonl:3, has the id 'a' as .*a.jsonl:1 does"):
+        make_items(task, str(tmp_path), limit=1)
