@@ -202,7 +202,7 @@ class _Reader:
             padding = itertools.accumulate(T - len(node.ids) for node in alike)
             num = max(sum(n <= MAX_PADDING * tokens for n in padding), 1)
             batch, todo = todo[:num], todo[num:]
-            B = min(_size(len(batch), self._rows, 4), most)
+            B = min(_size(len(batch), self._rows, 16), most)
             children = [child for node in batch for child in node.children]
             hidden, level = self._forward(batch, B, T, past, keep=bool(children))
             yield batch, self._rate(batch, hidden)

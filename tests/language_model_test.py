@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from easylm_jax import language_model
 from easylm_jax.language_model import GenerationRequest, LanguageModel
 from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import PARAM_RULES, init_params
+from easylm_jax.sampler import generate, read_prefix
 from easylm_jax.sharding import tree_shardings
 from easylm_jax.text.template import find_template
 from easylm_jax.text.tokenizer import ByteTokenizer
@@ -68,7 +70,7 @@ def _log_prob(ids, start):
     return sum(own), all(table[i - 1].argmax() == ids[i] for i in range(start, len(ids)))
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 150])
+@pytest.mark.parametrize("length", [1, 64, 65, 150])
 def test_a_rolling_likelihood_counts_every_token_once(length):
     """By hand: windows of 64 ids that follow one another, the last one ends with the text."""
     text = "".join(chr(c) for c in np.random.default_rng(length).integers(97, 123, length))
@@ -103,7 +105,7 @@ def test_what_does_not_fit_is_refused_or_cut_on_the_left():
     for wrong in [(context[:46], continuation), ([], continuation), (context[:3], [])]:
         with pytest.raises(ValueError, match="do not fit|at least"):
             LM.loglikelihood_tokens([wrong])
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="^179 tokens do not fit into the model's context of 64:"):
         LM.loglikelihood_tokens([(context, context)], truncate=True)
 
 
@@ -117,27 +119,31 @@ def test_bos_or_eos_stands_for_an_empty_context():
             np.testing.assert_allclose(one.log_prob, _log_prob([first, *ids], 1)[0], rtol=1e-5)
 
 
-def test_requests_get_what_they_would_get_alone():
+def test_requests_get_what_they_would_get_alone(monkeypatch):
     """In batches, with a long beginning in common that is read once, and in their own order."""
-    shots = "a shot and another shot, " * 2 + "so "
+    read = []
+    monkeypatch.setattr(language_model, "MIN_PREFIX_WORK", 50)
+    monkeypatch.setattr(
+        language_model,
+        "read_prefix",
+        lambda params, ids, **options: read.append(len(ids)) or read_prefix(params, ids, **options),
+    )
+    shots = "a shot and another, so "
     requests = [
         GenerationRequest(shots + chr(97 + i), max_new_tokens=2 + i % 4, seed=i, temperature=0.9)
-        for i in range(12)
+        for i in range(7)
     ]
-    requests[3] = dataclasses.replace(requests[3], n=2)
-    requests[5] = dataclasses.replace(requests[5], temperature=0.0, until=("e", "</s>"))
-    requests[7] = GenerationRequest((5, 6, 7), max_new_tokens=3)
-    for together in (requests, [r for r in requests if r.temperature and r.n == 1]):
-        heard = []
-        made = LM.generate_until(together, batch_size=4, on_done=heard.append)
-        assert sum(heard) == len(together)
-        for request, completions in zip(together, made, strict=True):
-            prompt = request.prompt
-            options = dict(n=request.n, seed=request.seed, stop=request.until)
-            options |= dict(temperature=request.temperature, top_p=request.top_p)
-            prompts = [prompt] if isinstance(prompt, str) else [list(prompt)]
-            alone = LM.generate(prompts, max_new_tokens=request.max_new_tokens, **options)
-            _same(completions, alone)
+    requests[3] = dataclasses.replace(requests[3], until=("e", "</s>"))
+    requests[5] = GenerationRequest((5, 6, 7), max_new_tokens=3, n=2)
+    heard = []
+    made = LM.generate_until(requests, batch_size=4, on_done=heard.append)
+    assert sum(heard) == len(requests) and read == [1 + len(shots)]
+    for request, completions in zip(requests, made, strict=True):
+        options = dict(n=request.n, seed=request.seed, stop=request.until)
+        options |= dict(temperature=request.temperature, max_new_tokens=request.max_new_tokens)
+        prompt = request.prompt
+        prompts = [prompt] if isinstance(prompt, str) else [list(prompt)]
+        _same(completions, LM.generate(prompts, **options))
     long = GenerationRequest("x" * 200, max_new_tokens=9)
     (((cut,),), ((tail,),)) = (
         LM.generate_until([long], truncate=True),
@@ -156,6 +162,10 @@ def test_conversations_in_batches_are_answered_as_alone():
     options = dict(max_new_tokens=8, seed=3)
     said = LM.chat_batch(conversations, batch_size=2, on_done=heard.append, **options)
     assert said == [LM.chat(c, **options) for c in conversations] and heard == [2, 1]
+    same, seeds = [conversations[0]] * 3, [3, 4, 3]
+    said = LM.chat_batch(same, **options | {"seed": seeds})
+    assert said == [LM.chat(same[0], **options | {"seed": seed}) for seed in seeds]
+    assert said[0] != said[1]
 
 
 def test_log_probs_are_those_of_the_model_whatever_the_sampling():
@@ -191,6 +201,32 @@ def test_samples_of_a_prompt_stand_next_to_one_another_in_the_order_of_prompts()
     assert made[0].ids != made[1].ids
 
 
+@pytest.mark.parametrize("mesh", [None, "1,4,1,2"])
+def test_samples_are_made_a_few_rows_at_a_time_and_the_same(monkeypatch, mesh):
+    sizes, mesh = [], mesh and make_mesh(mesh)
+    params = _params()
+    if mesh:
+        params = jax.device_put(params, tree_shardings(params, mesh, PARAM_RULES))
+    lm = _model(params=params, mesh=mesh)
+
+    def spy(params, prompts, *, samples, **options):
+        shards = 4 if mesh else 1
+        sizes.append((-(-len(prompts) // shards) * shards * samples, len(options["seeds"])))
+        return generate(params, prompts, samples=samples, **options)
+
+    requests = [GenerationRequest(p, n=5, seed=3, temperature=1.0, max_new_tokens=4) for p in "abc"]
+    whole = LM.generate_until(requests, batch_size=15)
+    monkeypatch.setattr(language_model, "generate", spy)
+    heard = []
+    parts = lm.generate_until(requests, batch_size=4, on_done=heard.append)
+    assert max(rows for rows, _ in sizes) == 4 and sum(own for _, own in sizes) == 15
+    assert sum(heard) == 3
+    for a, b in zip(whole, parts, strict=True):
+        _same(a, b)
+    three = LM.generate_until([dataclasses.replace(r, n=3) for r in requests])
+    assert [[x.ids for x in r] for r in three] == [[x.ids for x in r[:3]] for r in whole]
+
+
 def test_the_context_ends_each_row_on_its_own():
     prompts = [[5] * 60, [9] * 40, [7] * 63]
     made = LM.generate(prompts, seed=[1, 2, 3], max_new_tokens=30)
@@ -205,7 +241,9 @@ def test_the_context_ends_each_row_on_its_own():
 
 @pytest.mark.parametrize("wrong", [[5, 300], [-1], [], [5] * 65])
 def test_ids_that_the_model_does_not_know_are_refused(wrong):
-    sentence = "do not fit" if len(wrong) != 2 and wrong != [-1] else "not of the model's vocab"
+    sentence = {0: "at least one", 65: "65 tokens.* do not fit into the model's context of 64"}.get(
+        len(wrong), "not of the model's vocabulary"
+    )
     for use in (lambda ids: LM.generate([ids]), LM.logits, lambda ids: LM.token_log_probs([ids])):
         with pytest.raises(ValueError, match=sentence):
             use(wrong)
