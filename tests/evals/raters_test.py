@@ -41,6 +41,7 @@ VOTES = [
     *votes_of("6", "skip"),
     *votes_of("1", N, N, models=(N, "another")),
     *votes_of("7", N),
+    *votes_of("8", M, N),  # no majority
 ]
 JUDGEMENTS = [
     *judgements_of("1", "bb", longer=9),  # another answer's: the one below was made later
@@ -51,6 +52,7 @@ JUDGEMENTS = [
     *judgements_of("5", "aa", "?a", longer=-7),  # the turn without a verdict says nothing
     *judgements_of("6", "aa", longer=5),
     *judgements_of("7", "a?", longer=5),
+    *judgements_of("8", "aa", longer=5),
     *judgements_of("1", "bb", longer=9, judge="another judge"),
 ]
 
@@ -64,6 +66,7 @@ def test_votes_and_judgements_of_the_same_answers_are_put_together():
         ([M, "tie"], "tie", N),
         (["tie", "tie"], "tie", M),
         ([M], M, N),
+        ([M, N], M, M),
     ]
     assert [tuple(question) for question in found["another judge"]] == [([M, M, N], N, M)]
     with pytest.raises(ValueError, match="got votes on another and n and judgements of m and n: "):
@@ -73,21 +76,21 @@ def test_votes_and_judgements_of_the_same_answers_are_put_together():
 def test_the_numbers_with_ties_and_without():
     found = join(VOTES, JUDGEMENTS)["j"]
     lines = format_agreement("j", found).splitlines()
-    assert lines[0] == "j: 10 votes on 5 questions that it judged, too"
+    assert lines[0] == "j: 12 votes on 6 questions that it judged, too"
     rows = {name: cells for name, *cells in (re.split(r"  +", line) for line in lines[4:])}
-    # Majorities: m n tie tie m; judge: m m tie tie m. Decided: m n m against m m m.
-    kappa = cohens_kappa([M, N, "tie", "tie", M], [M, M, "tie", "tie", M])
-    assert kappa.value == pytest.approx((4 / 5 - 10 / 25) / (1 - 10 / 25))
+    # Majorities: m n tie tie m tie; judge: m m tie tie m m. Decided: m n m against m m m.
+    kappa = cohens_kappa([M, N, "tie", "tie", M, "tie"], [M, M, "tie", "tie", M, M])
+    assert kappa.value == pytest.approx((4 / 6 - 14 / 36) / (1 - 14 / 36))
     assert rows["Cohen's kappa of these two"] == [
-        f"{kappa.value:.3f} ± {kappa.stderr:.2g}", "5", "0.000 ± 0.82", "3"
+        f"{kappa.value:.3f} ± {kappa.stderr:.2g}", "6", "0.000 ± 0.82", "3"
     ]  # fmt: skip
     assert {name: [cell.split(" %")[0] for cell in cells] for name, cells in rows.items()} == {
-        "two voters agree": ["50.0", "4", "50.0", "2"],  # 1 of 3, 1, 0, 1; then 1 of 3, 1
-        # 1/3, 1, 0 and 1, as a tie of the others counts half; the judge 2/3, 0, 1/2 and 1.
-        "a voter agrees with the majority of the others": ["58.3", "4", "66.7", "2"],
-        "the judge agrees with the same majorities": ["54.2", "4", "33.3", "2"],
-        "the judge agrees with the majority of all": ["80.0", "5", "66.7", "3"],
+        "two voters agree": ["42.9", "5", "40.0", "3"],  # 3 of 7 pairs, 2 of 5
+        # 1/3, 1, 0, 1, 0, as a tie of the others counts half; the judge 2/3, 0, 1/2, 1, 1/2.
+        "a voter agrees with the majority of the others": ["46.7", "5", "44.4", "3"],
+        "the judge agrees with the same majorities": ["53.3", "5", "38.9", "3"],
+        "the judge agrees with the majority of all": ["66.7", "6", "66.7", "3"],
         "Cohen's kappa of these two": rows["Cohen's kappa of these two"],
         "the majority chose the longer answer": ["33.3", "3", "33.3", "3"],
-        "the judge chose the longer answer": ["66.7", "3", "66.7", "3"],
+        "the judge chose the longer answer": ["75.0", "4", "66.7", "3"],
     }
