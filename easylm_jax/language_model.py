@@ -13,6 +13,7 @@ work on ids (`sampler.py` continues prompts, `scoring.py` rates them) or a serve
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -129,8 +130,9 @@ class LanguageModel:
         completion ends at the model's end tokens, at `stop_ids`, before any of the strings in
         `stop` (the spelling of a special token means the token), or when `max_new_tokens` or the
         model's context is used up. `seed` is one number, or one per completion: a completion
-        depends on its prompt and its own seed. `on_text` hears of every piece of text as soon as it
-        is certain. `SamplingConfig` explains the rest.
+        depends on its prompt and its own seed, not on how many (`batch_size`) are made at once.
+        `on_text` hears of every piece of text as soon as it is certain. `SamplingConfig` explains
+        the rest.
 
         Raises:
           ValueError: a prompt that is empty, leaves no room in the context or has ids that the
@@ -162,9 +164,10 @@ class LanguageModel:
         """The completions of every request, `n` of them, by the rules of `generate`.
 
         A completion depends on its own request alone. Requests that differ in their prompts,
-        seeds and `max_new_tokens` only are answered in batches, those of similar length together,
-        and what all their prompts begin with is read once. With `truncate` a prompt keeps as many
-        of its last ids as leave room for `max_new_tokens` (lm-eval's rule; this cuts a BOS off).
+        seeds and `max_new_tokens` only are answered together, those of similar length first, in
+        batches of `batch_size` completions; what all their prompts begin with is read once. With
+        `truncate` a prompt keeps as many of its last ids as leave room for `max_new_tokens`
+        (lm-eval's rule; this cuts a BOS off).
 
         Raises:
           ValueError: as `generate`.
@@ -202,19 +205,27 @@ class LanguageModel:
         on_text: OnText | None = None,
         on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
-        """`n` completions of every row, in batches; completion j of row i has seed i * n + j."""
+        """`n` completions of every row; completion j of row i has seed i * n + j.
+
+        `batch_size` rows are made at once, or one for every device that the mesh splits rows over.
+        """
         specials = self._tokenizer.specials()
         named = {specials[s] for s in stop if s in specials}
         ends = sorted({self._tokenizer.eos_id, *self.stop_ids, *stop_ids, *named})
         stop = [s for s in stop if s not in specials]
         common, prefix = _common_prefix(rows), None
-        if common:
-            with self._on_mesh():
+        with self._on_mesh():
+            prompts = max(batch_size // n, num_row_shards())
+            if common:
                 prefix = read_prefix(self.params, rows[0][:common], config=self.config)
-        done: dict[int, list[Completion]] = {}
-        for batch in _batches(list(map(len, rows)), batch_size):
+        samples = min(n, max(batch_size // prompts, 1))  # of a prompt at once
+        done: list[list[Completion]] = [[] for _ in rows]
+        for batch, first in itertools.product(
+            _batches(list(map(len, rows)), prompts), range(0, n, samples)
+        ):
             most = [min(limits[i], self.config.max_seq_len - len(rows[i])) for i in batch]
-            places = [i * n + j for i in batch for j in range(n)]
+            last = min(first + samples, n)
+            places = [i * n + j for i in batch for j in range(first, last)]
             writers = [_Writer(self._tokenizer, stop, ends, place, on_text) for place in places]
             with self._on_mesh():
                 made = generate(
@@ -223,20 +234,19 @@ class LanguageModel:
                     config=self.config,
                     sampling=sampling,
                     seeds=[seeds[place] for place in places],
-                    max_new_tokens=[limit for limit in most for _ in range(n)],
+                    max_new_tokens=[limit for limit in most for _ in range(first, last)],
                     vocab_size=self._tokenizer.vocab_size,
                     stop_ids=ends,
-                    samples=n,
+                    samples=last - first,
                     prefix=prefix,
                     callback=functools.partial(_show, writers) if stop or on_text else None,
                 )
             _show(writers, made, last=True)
-            completions = [w.completion(x) for w, x in zip(writers, made.log_probs, strict=True)]
-            for row, i in enumerate(batch):
-                done[i] = completions[row * n : (row + 1) * n]
-            if on_done:
+            for place, writer, log_probs in zip(places, writers, made.log_probs, strict=True):
+                done[place // n].append(writer.completion(log_probs))
+            if on_done and last == n:
                 on_done(len(batch))
-        return [done[i] for i in range(len(rows))]
+        return done
 
     def chat(
         self,
@@ -292,23 +302,24 @@ class LanguageModel:
         temperature: float = 0.7,
         top_k: int = 0,
         top_p: float = 0.9,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
         quality: str = "",
         batch_size: int = 16,
         on_done: OnDone | None = None,
     ) -> list[str]:
-        """What `chat` answers to each of many conversations, all with the same `seed`.
+        """What `chat` answers to each of many conversations, with one `seed` or one for each.
 
         Raises:
           ValueError: as `chat`.
         """
         rows = [self._chat_ids(messages, quality) for messages in conversations]
+        own = [seed] * len(rows) if isinstance(seed, int) else _seeds(seed, len(rows))
         stop, stop_ids = self._ends_of_turn(stop)
         made = self._complete(
             rows,
             sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p),
-            seeds=_seeds(seed, 1) * len(rows),  # those of `chat`
+            seeds=[number for one in own for number in _seeds(one, 1)],  # those of `chat`
             limits=[max_new_tokens] * len(rows),
             stop=stop,
             stop_ids=stop_ids,
@@ -500,11 +511,15 @@ class LanguageModel:
         return ids
 
     def _check(self, ids: Sequence[int], *, room: int) -> None:
-        most = self.config.max_seq_len - room
-        if not 0 < len(ids) <= most:
+        """`room` is for how many more ids; -1 where the last is never read."""
+        if not ids:
+            raise ValueError("there are no tokens: expected at least one")
+        size = self.config.max_seq_len
+        if len(ids) + room > size:
+            more = " and one more" if room > 0 else ""
             raise ValueError(
-                f"{len(ids)} tokens do not fit: expected at least 1, and at most {most} of the "
-                f"model's context of {self.config.max_seq_len}"
+                f"{min(len(ids), len(ids) + room)} tokens{more} do not fit into the model's "
+                f"context of {size}: shorten them"
             )
         if wrong := [i for i in ids if not 0 <= i < self.config.vocab_size]:
             raise ValueError(

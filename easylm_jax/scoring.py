@@ -17,6 +17,7 @@ times as long to compile. Further letters: S slots of all ancestors together, M 
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -156,11 +157,12 @@ def _common(a: Sequence[int], b: Sequence[int], start: int) -> int:
 
 
 def _size(n: int, least: int, parts: int) -> int:
-    """`n` rounded up to a multiple of `least`, to one of `parts` sizes per octave if it is large.
+    """`n` rounded up to a multiple of `least`, to one of ~`parts` sizes per octave if it is large.
 
     Every size is compiled once, which takes as long as reading some hundred tokens.
     """
-    step = max(least, (1 << max(n - 1, 1).bit_length() - 1) // parts)
+    octave = 1 << max(n - 1, 1).bit_length() - 1
+    step = least * -(-octave // (parts * least))
     return -(-n // step) * step
 
 
@@ -181,7 +183,7 @@ class _Reader:
     def __init__(self, params: Params, config: LlamaConfig, batch_tokens: int) -> None:
         self._params, self._batch_tokens = params, batch_tokens
         self._config = dataclasses.replace(config, remat="none")
-        self._rows, self._columns = num_row_shards(), max(4, _num_sequence_shards())
+        self._rows, self._columns = num_row_shards(), math.lcm(4, _num_sequence_shards())
 
     def read(
         self, nodes: Sequence[_Node], past: tuple[_Level, ...]

@@ -201,7 +201,7 @@ def test_samples_of_a_prompt_stand_next_to_one_another_in_the_order_of_prompts()
     assert made[0].ids != made[1].ids
 
 
-@pytest.mark.parametrize("mesh", [None, "1,4,1,2"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("1,4,1,2", marks=pytest.mark.slow)])
 def test_samples_are_made_a_few_rows_at_a_time_and_the_same(monkeypatch, mesh):
     sizes, mesh = [], mesh and make_mesh(mesh)
     params = _params()

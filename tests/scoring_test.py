@@ -197,6 +197,7 @@ def test_sizes_are_multiples_and_at_most_a_part_larger():
         assert size % least == 0 and n <= size < n * (1 + 1 / parts) + 2 * least
 
 
+@pytest.mark.slow
 def test_rows_are_split_over_any_number_of_devices():
     mesh, rows = make_mesh("3,1,1,1", devices=jax.devices()[:3]), random_rows(1)
     params = jax.device_put(tiny_params(), tree_shardings(tiny_params(), mesh, PARAM_RULES))
