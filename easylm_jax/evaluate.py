@@ -59,7 +59,7 @@ from easylm_jax.language_model import LanguageModel
 from easylm_jax.loading import load, open_model
 from easylm_jax.models.llama import FloatName
 from easylm_jax.progress import Progress, format_duration
-from easylm_jax.text.template import find_template
+from easylm_jax.text.template import ChatTemplate, find_template
 from easylm_jax.tree import named_leaves
 
 WRITE_SECONDS = 15.0  # between results.json of a task that is not whole yet
@@ -111,7 +111,7 @@ def _earlier(out: str, facts: Mapping[str, Any]) -> dict[str, Any]:
                 f"{out} has results of {earlier['model']} with {key} {before}, expected {value}: "
                 "give another --out"
             )
-    return earlier
+    return {name: value for name, value in earlier.items() if name != "panel"}
 
 
 def _run(
@@ -186,11 +186,22 @@ def fingerprint(params: Params) -> str:
 
 
 def evaluate_path(
-    path: str, prepared: Sequence[Prepared], out: str, *, name: str, **how: str | None
-) -> dict[str, Any]:
-    """Load the model at `path` and evaluate it; its answers to chat tasks are files in OUT, too."""
+    path: str,
+    prepared: Sequence[Prepared],
+    out: str,
+    *,
+    name: str,
+    default: ChatTemplate | None = None,
+    **how: str | None,
+) -> tuple[dict[str, Any], ChatTemplate | None]:
+    """Load the model at `path` and evaluate it; its answers to chat tasks are files in OUT, too.
+
+    `default` is the template of a model without one. Returned are what results.json holds, and the
+    template that was used.
+    """
     print(f"loading {path} ...", flush=True)
     lm = load(path, **how)
+    lm = dataclasses.replace(lm, template=lm.template or default)
     if lm.tokenizer is None:
         raise ValueError(f"{path} came without a tokenizer: name one with --tokenizer")
     template = lm.template.name if lm.template else None
@@ -219,7 +230,7 @@ def evaluate_path(
         if one.job.task.kind == "chat" and (samples := read_samples(out, one.job.name)):
             kept = still_asked(one.job.task, one.items, samples)
             save_answers(os.path.join(out, "answers"), one.job.task, kept, model=name)
-    return results
+    return results, lm.template
 
 
 # ---- judging ------------------------------------------------------------------------------------
@@ -368,13 +379,14 @@ def main(argv: list[str]) -> None:
     }
     out, against = options.out, list(options.against)
     try:
-        if options.base:
-            evaluate_path(options.base, prepared, f"{out}/base", name="base", **how)
-            gc.collect()  # the model's memory, before the next one
-            against.append(f"{out}/base")
         name = options.name or os.path.basename(os.path.abspath(options.model))
-        results = evaluate_path(options.model, prepared, out, name=name, **how)
-        gc.collect()
+        results, template = evaluate_path(options.model, prepared, out, name=name, **how)
+        gc.collect()  # the model's memory, before the next one
+        if options.base:
+            base = f"{out}/base"
+            evaluate_path(options.base, prepared, base, name="base", default=template, **how)
+            gc.collect()
+            against.append(base)
         if options.judge:
             judge = parse_judge(options.judge, load=load)
             results["chat"] = judge_chat(judge, prepared, out, data=options.data, against=against)

@@ -29,6 +29,7 @@ from easylm_jax.evals.results import (
     is_share,
     is_whole,
     measure_of,
+    problems,
     published_sources,
     read_results,
     read_samples,
@@ -94,7 +95,7 @@ def page_contents(
         "date": _date(results["date"]),
         "settings": {k: _plain(v) for k, v in results["settings"].items() if v is not None},
         "command": results["command"],
-        "problems": _problems(tasks),
+        "problems": problems(tasks),
         "num_tasks": len(tasks),
         "num_whole": sum(map(is_whole, tasks.values())),
         "strips": [_strip(n, t, models, chances.get(n)) for n, t in tasks.items() if _has_strip(t)],
@@ -123,14 +124,6 @@ def _date(iso: str) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _problems(tasks: Mapping[str, Task]) -> list[dict[str, str]]:
-    return [
-        {"mark": "failed" if t["status"] == "failed" else "partial", "name": n, "reason": reason}
-        for n, t in tasks.items()
-        if (reason := why_not_whole(t))
-    ]
 
 
 # ---------------------------------------------------------------------------- tasks

@@ -17,7 +17,7 @@ from easylm_jax.data.source import DataConfig
 from easylm_jax.evals import runner
 from easylm_jax.evals.jobs import plan, prepare
 from easylm_jax.evals.judge import parse_judge
-from easylm_jax.evals.results import read_results, read_samples
+from easylm_jax.evals.results import problems, read_results, read_samples
 from easylm_jax.evaluate import evaluate_path, judge_chat
 from easylm_jax.measurements import measured_tasks
 from easylm_jax.metrics import read_metrics
@@ -46,9 +46,8 @@ def prepared(*tasks, limit=6, allow_code=False, data=DATA, shots=None):
 
 
 def run(model, out, *tasks, **options):
-    return evaluate_path(
-        model, prepared(*tasks, **options), str(out), name="tiny", template="plain"
-    )
+    jobs = prepared(*tasks, **options)
+    return evaluate_path(model, jobs, str(out), name="tiny", template="plain")[0]
 
 
 def headline(results, task):
@@ -145,6 +144,9 @@ def test_prompts_that_are_too_long_have_fewer_shots(model, tmp_path):
     items, shortened = runner.with_shots_that_fit(
         short, job.job.task, job.items, shots=5, ask_with=job.ask_with
     )
+    whole = {"status": "whole", "done": 6, "total": 6, "available": 6}
+    ((mark, name, sentence),) = problems({"mmlu": whole | {"shortened": 2}})
+    assert (mark, name) == ("fewer shots", "mmlu") and sentence.startswith("2 prompts have fewer")
     assert 0 < shortened <= 6 and [i.id for i in items] == [i.id for i in job.items]
     for item, whole in zip(items, job.items, strict=True):
         length = max(len(a + b) for a, b in item.pairs) + 1  # bytes and BOS

@@ -301,12 +301,20 @@ def format_table(results: Results) -> str:
     parts = [align([head, *rows], left=(0, 1, 6, 7))] if rows else []
     parts += _published_tables(tasks)
     parts += _chat_tables(to_json(results).get("chat") or {})
-    notes = [
-        f"{'FAILED' if task['status'] == 'failed' else 'PARTIAL'} {name}: {reason}"
-        for name, task in tasks.items()
-        if (reason := why_not_whole(task))
-    ]
+    notes = [f"{mark.upper()} {name}: {sentence}" for mark, name, sentence in problems(tasks)]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+
+def problems(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(mark, task, sentence) for what keeps numbers from being what their names say."""
+    found = []
+    for name, task in tasks.items():
+        if reason := why_not_whole(task):
+            found.append(("failed" if task["status"] == "failed" else "partial", name, reason))
+        if task.get("shortened"):
+            fewer = f"{task['shortened']:,} prompts have fewer shots, to fit the model's context"
+            found.append(("fewer shots", name, fewer))
+    return found
 
 
 def coverage(task: Mapping[str, Any]) -> str:
