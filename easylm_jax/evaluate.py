@@ -406,6 +406,8 @@ def main(argv: list[str]) -> None:
         from easylm_jax.evaluation_report import write_evaluation_report
 
         print(f"\nreport: {write_evaluation_report(out)}")
+        if os.path.basename(os.path.abspath(out)).isdecimal():  # OUT/<step>
+            print(f"curves: {write_evaluation_report(os.path.dirname(os.path.abspath(out)))}")
     except ImportError as error:
         print(f"\nno report: {error}")
     failed = [task for task in results["tasks"].values() if task["status"] == "failed"]

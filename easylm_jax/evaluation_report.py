@@ -63,21 +63,16 @@ def write_evaluation_report(out_dir: epath.PathLike) -> epath.Path:
     """Write `<out_dir>/report.html` from what is there now and return its path."""
     environment = page_environment()
     out_dir = epath.Path(out_dir)
-    by_step = read_steps(out_dir)
-    has_own = (out_dir / "results.json").exists() or not by_step
-    newest = out_dir if has_own else out_dir / str(max(by_step))
+    folders = {int(p.name): p for p in out_dir.iterdir() if p.name.isdecimal()}
+    by_step = {step: read_results(folders[step]) for step in sorted(folders)}
+    has_own = (out_dir / "results.json").exists() or not folders
+    newest = out_dir if has_own else folders[max(folders)]
     results = read_results(newest)
     samples = {name: read_samples(newest, name) for name in results["tasks"]}
     page = page_contents(results, samples=samples, by_step=by_step)
     path = out_dir / "report.html"
     write_page(path, environment.get_template("evaluation_report.html.jinja").render(page))
     return path
-
-
-def read_steps(out_dir: epath.Path) -> dict[int, dict[str, Any]]:
-    """The results of OUT/<step>/, by step."""
-    steps = sorted(int(p.name) for p in out_dir.iterdir() if p.name.isdecimal())
-    return {s: read_results(out_dir / str(s)) for s in steps}
 
 
 def page_contents(

@@ -84,7 +84,7 @@ def realistic(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     results = write_run(out)
     for step in (100, 2000):
-        write_run(out / str(step), scale=100 / step)
+        write_run(out / f"{step:08d}", scale=100 / step)  # as checkpoints are called
     return results, write_evaluation_report(out).read_text()
 
 
