@@ -64,7 +64,7 @@ def items_of(name: str, options: argparse.Namespace):
     from easylm_jax.evals.task import find_task, make_items
 
     task = find_task(name)
-    return task, make_items(task, options.data, limit=options.items)
+    return task, make_items(task, options.data)[: options.items]  # of MMLU a subject, as it comes
 
 
 def serve(options: argparse.Namespace) -> None:
