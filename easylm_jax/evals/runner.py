@@ -37,7 +37,7 @@ KINDS: dict[str, Kind] = {
     "chat": chat_answers,
 }
 # Large enough to find rows of one length and prompts that begin alike, small enough to lose.
-CHUNK = {"choice": 128, "generate": 32, "code": 8, "text": 16, "chat": 16}
+CHUNK = {"choice": 256, "generate": 32, "code": 8, "text": 16, "chat": 16}
 
 
 def run_items(
