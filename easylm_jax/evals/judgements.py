@@ -271,7 +271,9 @@ def grade(
       ValueError: as `judge_pairs`.
     """
     if judge in BIASED.values():
-        raise ValueError(f"{judge.name} judges pairs alone: name an opponent's answers, or a judge")
+        raise ValueError(
+            f"{judge.name} judges pairs alone: name an opponent's answers (--against), or a judge"
+        )
     prompts = read_judge_prompts() if prompts is None else prompts
     said = align(answers, questions)
     rows, cases = [], []
