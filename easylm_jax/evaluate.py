@@ -421,7 +421,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", ".", "The folder of the tasks' data; errors say what is missing.")
     flags.DEFINE_string("out", None, "Where results go; what is there already is gone on with.")
     flags.DEFINE_integer("limit", None, "At most so many items of each task.", lower_bound=1)
-    flags.DEFINE_integer("shots", None, "Examples in the prompt; default: the task's.")
+    flags.DEFINE_integer(
+        "shots", None, "Examples in the prompt; default: the task's.", lower_bound=0
+    )
     flags.DEFINE_string("base", None, "The model this one was tuned from, to compare with.")
     flags.DEFINE_string("judge", None, "Of chat: a model, http(s)://HOST#MODEL, longest, always_a.")
     flags.DEFINE_list("against", [], "Answers of others: files, or --out folders.")
