@@ -32,7 +32,13 @@ from absl import flags
 
 from easylm_jax.array_types import Params
 from easylm_jax.config import is_for_user, run_main
-from easylm_jax.evals.chat_answers import Answers, questions_of, read_answers, save_answers
+from easylm_jax.evals.chat_answers import (
+    Answers,
+    Question,
+    questions_of,
+    read_answers,
+    save_answers,
+)
 from easylm_jax.evals.code import require_permission
 from easylm_jax.evals.compare import compare, format_comparison
 from easylm_jax.evals.jobs import Prepared, plan, prepare
@@ -41,6 +47,7 @@ from easylm_jax.evals.judgements import file_name, grade, judge_pairs
 from easylm_jax.evals.panel import format_panel, panel
 from easylm_jax.evals.recipes import find_recipe, recipe_names
 from easylm_jax.evals.results import (
+    Row,
     SampleFile,
     format_table,
     headline_row,
@@ -259,38 +266,44 @@ def judge_chat(
             continue
         games: list[Game] = []
         for place in against or [""]:
-            told = {"judge": judge.name, "against": "", "rows": [], "reason": ""}
-            title = name
-            calls = sum(len(q.turns) for q in questions) * (2 if place else 1)
-            with counting(calls, label=f"judging {name}") as on_done:
-                try:
-                    if not place:
-                        kept = os.path.join(out, "judgements", f"{name}.grades.jsonl")
-                        told["rows"] = grade(judge, answers, questions, kept, on_done=on_done)
-                    else:
-                        other = _answers_of(place, name)
-                        title = f"{name}, {other.model}" if len(against) > 1 else name
-                        if other.model == answers.model or title in chat:
-                            raise ValueError(
-                                f"{place} has answers of {other.model!r} as others here do: give "
-                                "models names of their own (--name)"
-                            )
-                        kept = f"{name}.{file_name(other.model)}.jsonl"
-                        kept = os.path.join(out, "judgements", kept)
-                        report = judge_pairs(
-                            judge, answers, other, questions, kept, on_done=on_done
-                        )
-                        told |= {"against": other.model, "rows": report.rows}
-                        games += report.games
-                except (ValueError, OSError) as error:
-                    title = f"{name}, {os.path.basename(place)}" if title in chat else title
-                    told["reason"] = _reason(error)
-                    print(f"{title}: not judged: {told['reason']}", flush=True)
-            chat[title] = told
+            try:
+                other = _answers_of(place, name) if place else None
+                title = f"{name}, {other.model}" if len(against) > 1 else name
+                if title in chat:
+                    raise ValueError(f"{other.model!r} is the name of several: give each its own")
+                rows, of_pair = _judge(judge, answers, other, questions, out, name)
+                told = {"rows": rows, "against": other.model if other else "", "reason": ""}
+                games += of_pair
+            except (ValueError, OSError) as error:
+                title = f"{name}, {place}" if len(against) > 1 else name
+                told = {"rows": [], "against": "", "reason": _reason(error)}
+                print(f"{title}: not judged: {told['reason']}", flush=True)
+            chat[title] = {"judge": judge.name} | told
         if len(against) > 1 and games:
             ratings = {model: rating._asdict() for model, rating in elo(games).items()}
             chat[name] = {"judge": judge.name, "against": "", "rows": [], "elo": ratings}
     return chat
+
+
+def _judge(
+    judge: Judge,
+    answers: Answers,
+    other: Answers | None,
+    questions: Sequence[Question],
+    out: str,
+    name: str,
+) -> tuple[list[Row], list[Game]]:
+    """The rows of one comparison, or of grades where there is no other, and its games."""
+    calls = sum(len(question.turns) for question in questions) * (2 if other else 1)
+    kept = f"{name}.{file_name(other.model) if other else 'grades'}.jsonl"
+    kept = os.path.join(out, "judgements", kept)
+    with counting(calls, label=f"judging {name}") as on_done:
+        if other is None:
+            return grade(judge, answers, questions, kept, on_done=on_done), []
+        if other.model == answers.model:
+            raise ValueError(f"both have answers of {other.model!r}: name this one with --name")
+        report = judge_pairs(judge, answers, other, questions, kept, on_done=on_done)
+        return report.rows, report.games
 
 
 def _answers_of(place: str, task_name: str) -> Answers:

@@ -222,6 +222,27 @@ def test_judges_that_do_not_read_are_exposed(model, tmp_path, judge, longer_wins
     assert found["longer_wins"] == longer_wins
 
 
+def test_several_opponents_are_rated_and_one_name_counts_once(model, tmp_path):
+    jobs = prepared("vicuna_bench", limit=3)
+    evaluate_path(model, jobs, str(tmp_path / "a"), name="a", template="plain")
+    rows = [json.loads(x) for x in (tmp_path / "a/answers/vicuna_bench.jsonl").open()]
+    against = []
+    for file, name, answer in (
+        ("1", "short", "no"),
+        ("2", "long", "no " * 999),
+        ("3", "long", "?"),
+    ):
+        changed = {"model_id": name, "choices": [{"turns": [answer]}]}
+        against.append(str(tmp_path / f"{file}.jsonl"))
+        Path(against[-1]).write_text("".join(json.dumps(row | changed) + "\n" for row in rows))
+    judge = parse_judge("longest", load=easylm_jax.load)
+    chat = judge_chat(judge, jobs, str(tmp_path / "a"), data=DATA, against=against)
+    assert list(chat["vicuna_bench"]["elo"]) == ["long", "a", "short"]
+    assert chat["vicuna_bench, long"]["against"] == "long"
+    (refused,) = [told["reason"] for told in chat.values() if told.get("reason")]
+    assert "'long' is the name of several" in refused
+
+
 def test_the_command_with_a_base_ends_in_a_table_a_panel_and_a_report(model, tmp_path):
     tuned = str(tmp_path / "tuned")
     config = tiny_config(vocab_size=264, max_seq_len=4096, rope_theta=500.0)
