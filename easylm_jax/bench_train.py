@@ -18,7 +18,7 @@ from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward, num_
 from easylm_jax.models.presets import preset
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer
-from easylm_jax.step import GuardConfig, train_step
+from easylm_jax.step import GuardConfig, jit_train_step
 from easylm_jax.train_state import abstract_state, init_state
 
 # name: (preset, rows, tokens per row)
@@ -52,16 +52,12 @@ def run(
         shardings = jax.tree.map(
             lambda x: x.sharding, abstract_state(make, device_mesh, PARAM_RULES)
         )
-        step = jax.jit(
-            functools.partial(
-                train_step,
-                objective=cross_entropy(make_forward(config)),
-                optimizer=optimizer,
-                num_micro_batches=micro_batches,
-                guard=GuardConfig(),
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
+        step = jit_train_step(
+            shardings=shardings,
+            objective=cross_entropy(make_forward(config)),
+            optimizer=optimizer,
+            num_micro_batches=micro_batches,
+            guard=GuardConfig(),
         )
         state = jax.jit(make, out_shardings=shardings)()
         started = time.perf_counter()

@@ -6,6 +6,8 @@ to the host.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +44,14 @@ class GuardConfig:
             raise ValueError(
                 f"guard.on_bad_loss is {self.on_bad_loss!r}; it can be {', '.join(ON_BAD_LOSS)}"
             )
+
+
+def jit_train_step(
+    *, shardings: TrainState, **options: Any
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`train_step` with these options, compiled on first use; the state it is given is donated."""
+    step = functools.partial(train_step, **options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def train_step(

@@ -40,7 +40,7 @@ from easylm_jax.preflight import (
 )
 from easylm_jax.progress import Progress
 from easylm_jax.sharding import local_rows, to_global
-from easylm_jax.step import GuardConfig, train_step
+from easylm_jax.step import GuardConfig, jit_train_step
 from easylm_jax.stopping import EarlyStop, EarlyStopConfig, stop_signals
 from easylm_jax.train_state import abstract_state, init_state
 from easylm_jax.tree import num_elements
@@ -165,16 +165,12 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             frozen = loading.frozen_base(cfg.init_from, cfg.model, cfg.lora, mesh)
 
         # ---- the compiled step ----
-        step_fn = jax.jit(
-            functools.partial(
-                train_step,
-                objective=cross_entropy(make_forward(model), whole),
-                optimizer=optimizer,
-                num_micro_batches=cfg.micro_batches,
-                guard=cfg.guard,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
+        step_fn = jit_train_step(
+            shardings=shardings,
+            objective=cross_entropy(make_forward(model), whole),
+            optimizer=optimizer,
+            num_micro_batches=cfg.micro_batches,
+            guard=cfg.guard,
         )
 
         # ---- what is written and shown ----
