@@ -15,6 +15,11 @@ TEST_PROCESSES ?= 2
 # On CPU: huge pages for malloc save a tenth of the time. Elsewhere jax finds its own platform.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# Where there is no accelerator jax is told so: with libtpu installed, for `plan`, it would look for
+# a TPU and say on five lines that there is none.
+ifeq ($(wildcard /dev/accel0 /dev/vfio/0 /dev/nvidia0 /dev/kfd),)
+export JAX_PLATFORMS ?= cpu
+endif
 
 .PHONY: help quickstart smollm2 test fast lint golden clean
 

@@ -15,6 +15,7 @@ CLEAN = [  # of conversations, in `prepare`
     "markdownify==1.2.3",
     "rensa==0.5.0",  # MinHash
 ]
+PLAN = ["libtpu==0.0.42.1" + PY311, "libtpu==0.0.50.1" + PY312]  # compiles for TPU without one
 TEST = [
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",
@@ -23,6 +24,7 @@ TEST = [
     "ruff==0.17.5",
     *REPORT,
     *CLEAN,
+    *PLAN,
 ]
 TORCH = ["torch==2.13.0", "transformers==5.23.0"]
 
@@ -66,6 +68,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "gcs": ["gcsfs"],
+        "plan": PLAN,
+        "hopper": ["tokamax==0.0.12" + PY311, "tokamax==0.0.17" + PY312],
         "report": REPORT,
         "clean": CLEAN,
         "test": TEST,
