@@ -25,6 +25,8 @@ import psutil
 import tensorboardX
 from etils import epath
 
+from easylm_jax.chips import find_chip
+
 REWRITE_SECONDS = 60.0  # object stores only
 
 
@@ -200,41 +202,13 @@ def _read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------- speed of a step
 
-# Dense bf16 peak of one jax device in FLOP/s, by a part of `device_kind`; the longest match counts.
-# Vendors' data sheets, without sparsity. On TPU v2 and v3 a jax device is half a chip.
-PEAK_FLOPS: dict[str, float] = {
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L4": 121e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165.2e12,
-    "H100": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200": 989.4e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-}
-
 
 def peak_flops(device_kind: str, override: float | None = None) -> float | None:
     """The peak that MFU is measured against; None where it is unknown (then no MFU is reported)."""
     if override is not None:
         return override
-    matches = [kind for kind in PEAK_FLOPS if kind.lower() in device_kind.lower()]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    chip = find_chip(device_kind)
+    return chip.peak_flops if chip else None
 
 
 def flops_per_token(

@@ -11,9 +11,10 @@ PACKAGE = ROOT / "easylm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Layer 0, then units of layer 1 that never import one another, then layer 2, then the entry points.
-LAYER_0 = {"array_types", "batch", "dots", "mesh", "sharding", "tree"}
+LAYER_0 = {"array_types", "batch", "chips", "dots", "mesh", "sharding", "tree"}
 LAYER_1 = {"models", "text", "data", "formats", "objectives", "optim", "metrics", "progress"}
 LAYER_2 = {"train_state", "step", "checkpoint", "sampler", "scoring", "language_model", "evals"}
+LAYER_2 |= {"planner"}
 ALLOWED_BESIDE = {  # data and formats make use of tokenizers; formats speak of our model
     ("data", "text"),
     ("formats", "models"),
@@ -22,6 +23,8 @@ ALLOWED_BESIDE = {  # data and formats make use of tokenizers; formats speak of 
 # The call graph inside layer 2 is a chain: evals may use the sampler, the step the state.
 INSIDE_LAYER_2 = {
     ("step", "train_state"),
+    ("planner", "step"),
+    ("planner", "train_state"),
     ("scoring", "sampler"),
     ("language_model", "sampler"),
     ("language_model", "scoring"),

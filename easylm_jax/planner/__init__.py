@@ -1,0 +1,1 @@
+"""What a training step will need, worked out before there is a machine: called by plan.py."""
