@@ -208,5 +208,5 @@ def test_dropout_keeps_the_expectation_and_needs_a_key(config):
 
 
 def test_an_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match="'flash'; there are reference, blockwise"):
+    with pytest.raises(ValueError, match="'flash'; there are blockwise, reference, splash, tokamax"):
         AttentionConfig(implementation="flash")
