@@ -1,0 +1,194 @@
+"""Ring attention on 1 to 8 CPU devices: against the definition on one, who does how much, memory.
+
+Further letters: P devices, as in ring.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from easylm_jax.models import blockwise as tile
+from easylm_jax.models.attention import AttentionConfig, attention
+from easylm_jax.models.attention_mask import visible
+from easylm_jax.models.ring import ring
+from tests.tiny import assert_close
+
+REFERENCE = AttentionConfig(implementation="reference")
+
+
+def draw(seed: int, T: int, *, B: int = 2, N: int = 4, K: int = 2, H: int = 8):
+    """q, k, v and ids: packed documents, most longer than a tile, a padded tail in the last row,
+    and a tenth of the keys forgotten (-1)."""
+    rng = np.random.default_rng(seed)
+    arrays = tuple(jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K))
+    starts = rng.uniform(size=(B, T)) < 4 / T
+    starts[:, 0] = True
+    segments = np.cumsum(starts, axis=1)
+    positions = np.arange(T) - np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
+    segments[-1, T - T // 6 :] = 0
+    k_segments = np.where(rng.uniform(size=(B, T)) < 0.1, -1, segments)
+    return arrays, tuple(jnp.asarray(x) for x in (segments, k_segments, positions, positions))
+
+
+def one_document(T: int, *, B: int = 1):
+    segments, positions = jnp.ones((B, T), int), jnp.tile(jnp.arange(T), (B, 1))
+    return segments, segments, positions, positions
+
+
+def on_devices(P: int, key=None, *, block_q=8, block_k=16, window=None, dropout=0.0):
+    """A jitted function of (arrays, ids) that attends in a ring of the first P devices."""
+    mesh = jax.make_mesh(
+        (P,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P]
+    )
+
+    def local(arrays, ids):
+        mine = None if key is None else jax.random.fold_in(key, jax.lax.axis_index("sequence"))
+        options = dict(block_q=block_q, block_k=block_k, window=window, dropout=dropout)
+        return ring(*arrays, *ids, mine, axis="sequence", **options)
+
+    along = PartitionSpec(None, "sequence")
+    split = dict(in_specs=along, out_specs=along, check_vma=False)
+    return jax.jit(jax.shard_map(local, mesh=mesh, **split))
+
+
+def reference(arrays, ids, window=None):
+    names = ("q_segments", "k_segments", "q_positions", "k_positions")
+    config = AttentionConfig(implementation="reference", sliding_window=window)
+    return attention(*arrays, **dict(zip(names, ids, strict=True)), config=config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grads(attend, arrays, ids, d_out):
+    out, vjp = jax.vjp(lambda arrays: attend(arrays, ids), arrays)
+    return out, vjp(d_out)[0]
+
+
+def random_like(x, seed: int = 9):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=x.shape), x.dtype)
+
+
+def flat(tree):
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize(
+    "P, half, window",
+    [(1, 21, 5), (2, 32, None), (3, 12, 20), (4, 9, 3), (8, 12, None), (8, 8, 50)],
+)
+def test_equals_the_definition_on_one_device_forward_and_backward(P, half, window):
+    """Halves of whole tiles, of parts of one, and windows shorter and longer than a half."""
+    arrays, ids = draw(P + half, 2 * P * half)
+    d_out = random_like(arrays[0])
+    out, grads = value_and_grads(on_devices(P, window=window), arrays, ids, d_out)
+    expected = functools.partial(reference, window=window)
+    out_ref, grads_ref = value_and_grads(expected, arrays, ids, d_out)
+    assert_close(out, out_ref, rtol=1e-6)
+    assert_close(flat(grads), flat(grads_ref), rtol=2e-6)
+
+
+def test_nothing_leaks_exactly_zero():
+    """The gradient of some rows of one document, and what NaN elsewhere does to them."""
+    P, T = 4, 128  # halves of 16 rows, two tiles of queries each and one of keys
+    arrays, _ = draw(0, T, B=1)
+    lengths = (24, 56, 48)
+    segments = jnp.asarray(np.repeat([1, 2, 3], lengths))[None]
+    positions = jnp.asarray(np.concatenate([np.arange(n) for n in lengths]))[None]
+    k_segments = segments.at[:, 40].set(-1)
+    attend = on_devices(P)
+    ids = (segments, k_segments, positions, positions)
+    rows = slice(50, 56)  # of document 2, which lies at 24 to 80
+    d_out = jnp.zeros_like(arrays[0]).at[:, rows].set(1.0)
+    out, grads = value_and_grads(attend, arrays, ids, d_out)
+    seen = [t for t in range(24, 56) if t != 40]
+    for grad, touched in zip(grads, (list(range(50, 56)), seen, seen), strict=True):
+        others = np.setdiff1d(np.arange(T), touched)
+        assert (grad[:, others] == 0).all() and (np.abs(grad[:, touched]).max((0, 2, 3)) > 0).all()
+    # Tiles that the mask empties are not even read: 0 * NaN would be NaN.
+    for bad in (slice(0, 16), slice(64, 128)):
+        poisoned = (arrays[0], *(x.at[:, bad].set(jnp.nan) for x in arrays[1:]))
+        assert (attend(poisoned, ids)[:, rows] == out[:, rows]).all()
+
+
+@pytest.mark.parametrize("P", [3, 8])
+def test_every_device_touches_the_same_number_of_tiles_in_every_turn(P, monkeypatch):
+    m, size = 2, 8  # tiles in a half, rows in a tile
+    arrays, ids = draw(1, 2 * P * m * size, B=1)[0], one_document(2 * P * m * size)
+    touched = [[] for _ in range(P)]
+    bounds_of = tile.tile_bounds
+
+    def spy(*args):
+        low, high = bounds_of(*args)
+        device = jax.lax.axis_index("sequence")
+        jax.debug.callback(lambda d, n: touched[d].append(int(n)), device, (high - low).sum())
+        return low, high
+
+    monkeypatch.setattr(tile, "tile_bounds", spy)
+    jax.block_until_ready(on_devices(P, block_q=size, block_k=size)(arrays, ids))
+    jax.effects_barrier()
+    # Each device with its own keys: the diagonal, m * m and two triangles. With others': 2 * m * m.
+    assert [sorted(turns) for turns in touched] == [
+        [2 * m * m] * (P - 1) + [m * m + m * (m + 1)]
+    ] * P
+    tiles = 2 * P * m
+    assert sum(map(sum, touched)) == tiles * (tiles + 1) // 2  # and nothing above the diagonal
+
+
+def test_memory_of_a_device_falls_with_the_number_of_devices():
+    arrays, ids = draw(2, 4096, B=1, N=2, K=2, H=16)[0], one_document(4096)
+
+    def bytes_per_device(P):
+        def run(arrays, ids, d_out):
+            return value_and_grads(on_devices(P, block_q=32, block_k=32), arrays, ids, d_out)
+
+        mesh = jax.make_mesh((P,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
+        split = jax.NamedSharding(mesh, PartitionSpec(None, "s"))
+        memory = (
+            jax.jit(run, in_shardings=split, out_shardings=split)
+            .lower(arrays, ids, arrays[0])
+            .compile()
+            .memory_analysis()
+        )
+        return (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        )
+
+    assert 1.0 <= 8 * bytes_per_device(8) / bytes_per_device(1) < 1.15
+
+
+def test_rows_that_do_not_cut_into_halves_are_one_sentence():
+    arrays, ids = draw(3, 12, B=1)[0], one_document(12)
+    with pytest.raises(ValueError, match=r"12 tokens over mesh axis sequence = 4 are 3 each; use"):
+        on_devices(4)(arrays, ids)
+
+
+def test_dropout_equals_a_dense_computation_with_the_same_mask():
+    """The mask is read off: queries of 0 weigh all keys alike, and the values are one-hot."""
+    P, T, rate = 4, 64, 0.3
+    ids, attend = one_document(T), on_devices(P, jax.random.key(3), block_k=8, dropout=rate)
+    v = jnp.eye(T)[None, :, None, :]
+    shares = attend((jnp.zeros((1, T, 2, T)), v, v), ids)  # B, T, N, S
+    keep = shares * jnp.arange(1, T + 1)[None, :, None, None]
+    below = jnp.tril(jnp.ones((T, T), bool))
+    drawn = np.asarray(keep).swapaxes(1, 2)[:, :, below]
+    assert np.all((drawn == 0) | np.isclose(drawn, 1 / (1 - rate)))
+    assert abs((drawn > 0).mean() - (1 - rate)) < 0.03  # 4160 draws: four standard errors
+    whole = np.asarray(keep[0]).reshape(8, 8, 2, 8, 8)  # tile, row, head, tile, column
+    patterns = {(whole[i, :, :, j] > 0).tobytes() for i in range(8) for j in range(i)}
+    assert len(patterns) == 28  # no tile draws what another draws
+
+    def dense(arrays, ids):
+        q, k, v = arrays
+        scores = jnp.einsum("btnh,bsh->btns", q, k[:, :, 0]) / np.sqrt(q.shape[-1])
+        mask = visible(*ids, None)[:, :, None]
+        probs = jax.nn.softmax(jnp.where(mask, scores, -1e30)) * keep
+        return jnp.einsum("btns,bsh->btnh", probs, v[:, :, 0])
+
+    arrays = draw(5, T, B=1, N=2, K=1)[0]
+    d_out = random_like(arrays[0])
+    got, expected = (value_and_grads(f, arrays, ids, d_out) for f in (attend, dense))
+    assert_close(got[0], expected[0], rtol=2e-6)
+    assert_close(flat(got[1]), flat(expected[1]), rtol=5e-6)
