@@ -1,282 +1,247 @@
-"""What a training step will keep, compute again and need, worked out without an accelerator.
+"""What a training run will need, worked out before there is a machine for it.
 
+    python -m easylm_jax.plan --config=configs/llama_pod.py:65b_v5p_2048 --topology=v5p:8x16x16
+    python -m easylm_jax.plan --config=configs/llama_pretrain.py:7b --topology=v5e:16x16 --search
     python -m easylm_jax.plan --remat --model=7b --policies q:keep,down:keep
 
-Nothing is trained and no parameter is allocated: the model is traced and compiled for the CPU from
-shapes alone. It is a planning tool for people; no other file calls it.
-
-`--remat` compares policies of models/remat.py. What they keep is read off the traced program, so it
-is what happens and not what was meant; FLOPs are counted by formula, since XLA's own count takes
-the body of a scan once. Compiled memory ranks policies; the CPU is not the machine you train on.
+The first compiles the training step for that topology, on this CPU, and prints what each chip needs
+and sends, and a roofline of the speed. `--search` looks for a better mesh, remat policy and number
+of micro-batches. `--remat` compares rematerialisation policies (docs/remat.md). Nothing is trained
+and no parameter is allocated. docs/planning.md says how to read the output.
 """
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
 
-from easylm_jax.array_types import Params
-from easylm_jax.batch import Batch
-from easylm_jax.config import from_config_dict
-from easylm_jax.models.llama import LlamaConfig, init_params, make_forward
+from easylm_jax.config import from_config_dict, run_main
+from easylm_jax.mesh import parse_mesh
+from easylm_jax.models.llama import LlamaConfig, num_params
 from easylm_jax.models.presets import PRESETS, preset
-from easylm_jax.models.remat import ATTENTION, NAMES, POLICIES, parse_policy
-from easylm_jax.objectives import cross_entropy
+from easylm_jax.models.remat import POLICIES, parse_policy
+from easylm_jax.planner import remat
+from easylm_jax.planner.case import Case
+from easylm_jax.planner.compiled import Compiled, compile_step
+from easylm_jax.planner.topology import Topology, parse_topology
+from easylm_jax.train import TrainConfig
 
-LAYER_INPUT, UNNAMED = "input", "rest"
-VOCABULARY = 512  # of the compiled block: the head and its loss must not drown the layers
-MIB, GFLOP = 2**20, 1e9
+try:
+    from easylm_jax.planner import memory, roofline, search
+except ImportError:
+    memory = roofline = search = None
 
-
-# ---- what is kept ------------------------------------------------------------------------------
-
-
-class Saved(NamedTuple):
-    """One array per layer that the forward pass leaves for the backward pass."""
-
-    name: str  # of models/remat.py, or "input" of the layer, or the untagged "rest"
-    shape: tuple[int, ...]
-    num_bytes: int
-    on_host: bool
+GIB = 2**30
 
 
-def saved_arrays(config: LlamaConfig, policy: str, *, batch: int, seq_len: int) -> list[Saved]:
-    """What each layer keeps under `policy`, for `batch` rows of `seq_len` tokens, no dropout.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of one case on one topology; `compiled` is None where nothing was compiled."""
 
-    Read from the scan over layers of the traced gradient: whatever its body gives out besides the
-    carry is stacked over layers, and that is what "saved" means. The same program is later
-    compiled. A name that a policy keeps but no gradient reads, such as `down`, is not there.
-    """
-    config = dataclasses.replace(config, remat=policy)
-    traced = jax.make_jaxpr(gradient(config))(*_shapes(config, batch, seq_len))
-    scan = next(e for e in traced.eqns if e.primitive.name == "scan" and _names(_body(e)))
-    body = _body(scan)
-    made_by = {id(var): eqn for eqn in body.eqns for var in eqn.outvars}
-    saved = {}
-    for stacked, var in zip(scan.outvars, body.outvars, strict=True):
-        if stacked.aval.ndim == var.aval.ndim:
-            continue  # the carry
-        aval = var.aval
-        num_bytes = aval.size * aval.dtype.itemsize
-        on_host = aval.memory_space == jax.memory.Space.Host
-        saved[id(var)] = Saved(_origin(var, body, made_by), aval.shape, num_bytes, on_host)
-    return list(saved.values())
-
-
-def saved_bytes(arrays: Iterable[Saved]) -> int:
-    """Bytes of one layer's saved arrays that lie on the device."""
-    return sum(array.num_bytes for array in arrays if not array.on_host)
-
-
-def _body(scan: Any) -> Any:
-    return scan.params["jaxpr"].jaxpr
-
-
-def _names(body: Any) -> list[str]:
-    return [eqn.params["name"] for eqn in body.eqns if eqn.primitive.name == "name"]
-
-
-def _origin(var: Any, body: Any, made_by: dict[int, Any]) -> str:
-    """The name an array was tagged with. JAX may round or move a saved array after the tag."""
-    eqn = made_by.get(id(var))
-    if eqn is None:
-        return LAYER_INPUT if any(var is x for x in body.invars) else UNNAMED
-    if eqn.primitive.name in ("reduce_precision", "device_put"):
-        return _origin(eqn.invars[0], body, made_by)
-    return eqn.params["name"] if eqn.primitive.name == "name" else UNNAMED
-
-
-# ---- what is computed again --------------------------------------------------------------------
-
-
-def forward_flops(config: LlamaConfig, *, batch: int, seq_len: int) -> dict[str, float]:
-    """FLOPs of one layer's forward pass: 2 per weight and token, attention over half the square.
-
-    Matrix products only, like `metrics.flops_per_token`. "attention" is its two products.
-    """
-    tokens, d_model = batch * seq_len, config.d_model
-    q_width, kv_width = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-    width = {"q": q_width, "k": kv_width, "v": kv_width, "o": q_width}
-    width |= dict.fromkeys(("gate", "up", "down"), config.d_ff)
-    flops = {name: 2.0 * tokens * d_model * w for name, w in width.items()}
-    window = min(seq_len, config.attention.sliding_window or seq_len)
-    pairs = batch * (seq_len * window - window**2 / 2)  # of a query and a key that it sees
-    return flops | {"attention": 4.0 * pairs * q_width}
-
-
-def recomputed_flops(
-    config: LlamaConfig, policy: str, *, batch: int, seq_len: int
-) -> dict[str, float]:
-    """FLOPs of one layer that the backward pass does again, by name; empty for `none`.
-
-    The gradients of a layer read every named array but `down`, which only adds to the stream. So a
-    name that is not kept is computed again, whether it is wanted itself or as another's input: the
-    attention forward runs again unless both its output and its log-sum-exp are kept, also under
-    `linear_outputs`, where the weight gradient of `o` and the attention backward want them. Norms,
-    rope, silu and sums are computed again too and, like everywhere, not counted. Stated for
-    attention that leaves no more than these two; `reference` redoes it in any case.
-    """
-    if (actions := parse_policy(policy)) is None:
-        return {}
-    again = {name for name, action in actions.items() if action == "recompute"} - {"down"}
-    if again & set(ATTENTION) or config.attention.implementation == "reference":
-        again.add("attention")
-    flops = forward_flops(config, batch=batch, seq_len=seq_len)
-    return {name: flops[name] for name in flops if name in again}
-
-
-# ---- what the compiled program needs ------------------------------------------------------------
-
-
-class Memory(NamedTuple):
-    """Bytes of a compiled gradient; arguments and outputs are parameters and their gradients."""
-
-    temporary: int
-    arguments: int
-    outputs: int
+    case: Case
+    topology: Topology
+    parts: Any
+    estimate: Any  # None: nothing is known of the chip's speed
+    compiled: Compiled | None
 
     @property
-    def peak(self) -> int:
-        return sum(self)
+    def peak_bytes(self) -> float:
+        return self.compiled.peak_bytes if self.compiled else self.parts.total
+
+    @property
+    def fits(self) -> bool:
+        if self.compiled and self.compiled.ran_out_of_memory:
+            return False
+        return self.peak_bytes <= self.topology.chip.hbm_bytes
 
 
-def gradient(config: LlamaConfig) -> Any:
-    """(params, batch) -> loss and its gradient, as the training step takes it."""
-    objective = cross_entropy(make_forward(config))
+def make_plan(case: Case, topology: Topology, *, compiles: bool = True) -> Plan:
+    """The estimates, and what the compiler says unless it is not asked.
 
-    def loss(params: Params, batch: Batch) -> jax.Array:
-        return objective(params, None, batch, None)["loss"][0]
+    Raises:
+      ValueError: the case cannot run on the topology at all, for another reason than memory.
+    """
+    sizes = parse_mesh(case.mesh, topology.num_chips)
+    compiled = compile_step(case, topology) if compiles else None
+    speed = roofline.roofline(case, topology) if roofline and topology.chip.peak_flops else None
+    parts = memory.estimate(case, sizes) if memory else None
+    return Plan(case, topology, parts, speed, compiled)
 
-    return jax.value_and_grad(loss)
+
+def case_of(cfg: TrainConfig) -> Case:
+    """The part of a run that decides what a step needs.
+
+    Raises:
+      ValueError: the run trains adapters.
+    """
+    if cfg.lora:
+        raise ValueError(
+            "plan works out the training of all parameters, not of adapters; set "
+            "--config.lora=None for the upper bound that it gives"
+        )
+    return Case(cfg.model, cfg.optim, cfg.batch_size, cfg.seq_len, cfg.micro_batches, cfg.mesh)
 
 
-def compiled_memory(config: LlamaConfig, policy: str, *, batch: int, seq_len: int) -> Memory:
-    """Memory of the gradient of the whole model `config`, compiled for this machine's backend."""
-    config = dataclasses.replace(config, remat=policy)
-    compiled = jax.jit(gradient(config)).lower(*_shapes(config, batch, seq_len)).compile()
-    stats = compiled.memory_analysis()
-    return Memory(
-        stats.temp_size_in_bytes, stats.argument_size_in_bytes, stats.output_size_in_bytes
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def by_kind(compiled: Compiled) -> list[dict[str, Any]]:
+    """Collectives of one kind, type and mesh axes added up, per chip and step."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for c in compiled.collectives:
+        row = rows.setdefault(
+            (c.kind, c.dtype, c.axes),
+            dict(kind=c.kind, dtype=c.dtype, axes="x".join(c.axes), group_size=c.group_size)
+            | dict(times=0, bytes=0, sent_bytes=0),
+        )
+        row["times"] += c.times
+        row["bytes"] += c.bytes * c.times
+        row["sent_bytes"] += round(c.sent_bytes)
+    return sorted(rows.values(), key=lambda row: -row["sent_bytes"])
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """One flat object; sizes in bytes per chip, speeds in tokens, seconds and FLOPs."""
+    case, topology, compiled, estimate = plan.case, plan.topology, plan.compiled, plan.estimate
+    report = {
+        "topology": str(topology),
+        "num_chips": topology.num_chips,
+        "mesh": parse_mesh(case.mesh, topology.num_chips),
+        "remat": case.model.remat,
+        "attention": dataclasses.asdict(case.model.attention),
+        "parameters": num_params(case.model),
+        "batch_size": case.batch_size,
+        "seq_len": case.seq_len,
+        "micro_batches": case.micro_batches,
+        "fits": plan.fits,
+        "peak_bytes_per_chip": round(plan.peak_bytes),
+        "hbm_bytes_per_chip": round(topology.chip.hbm_bytes),
+        "parts": dataclasses.asdict(plan.parts) if plan.parts else None,
+        "flops_per_step": estimate.flops_per_step if estimate else None,
+        "est_step_s": estimate.step_s if estimate else None,
+        "est_tokens_per_s_per_chip": estimate.tokens_per_s_per_chip if estimate else None,
+        "est_mfu": estimate.mfu if estimate else None,
+        "est_assumptions": estimate.assumptions if estimate else None,
+        "compiled": None,
+        "collectives": None,
+        "compile_s": None,
+    }
+    if compiled:
+        fields = dataclasses.asdict(dataclasses.replace(compiled, collectives=()))
+        report["compiled"] = {
+            k: v for k, v in fields.items() if k not in ("collectives", "compile_s")
+        }
+        report["collectives"] = by_kind(compiled)
+        report["compile_s"] = round(compiled.compile_s, 1)
+    return report
+
+
+def as_text(plan: Plan) -> str:
+    """The plan for people: memory, collectives, speed."""
+    case, topology = plan.case, plan.topology
+    mesh = " x ".join(f"{k} {v}" for k, v in parse_mesh(case.mesh, topology.num_chips).items())
+    head = (
+        f"{num_params(case.model) / 1e9:.2f}B parameters, {case.batch_size:,} rows of "
+        f"{case.seq_len:,} tokens in {case.micro_batches} micro-batches\n"
+        f"{topology}: {topology.num_chips:,} chips, mesh {mesh}\n"
+        f"remat {case.model.remat}, attention {case.model.attention.implementation}"
+    )
+    blocks = [head, _memory_text(plan)]
+    if plan.compiled and not plan.compiled.ran_out_of_memory:
+        blocks.append(_collectives_text(plan.compiled))
+    if plan.estimate:
+        blocks.append(_speed_text(plan))
+    return "\n\n".join(blocks)
+
+
+def _memory_text(plan: Plan) -> str:
+    rows = [["memory per chip, GiB", "estimated", "compiled"]]
+    if plan.parts:
+        parts = dataclasses.asdict(plan.parts)
+        rows += [[k.replace("_", " "), _gib(v), ""] for k, v in parts.items() if v]
+    if c := plan.compiled:
+        total = ["peak", _gib(plan.parts.total) if plan.parts else "", _gib(c.peak_bytes)]
+        rows += [["arguments (state and batch)", "", _gib(c.arguments)]]
+        if not c.ran_out_of_memory:
+            rows += [["outputs in new memory", "", _gib(c.outputs - c.aliased)]]
+            rows += [
+                ["temporaries", "", _gib(c.temporaries)],
+                ["on the host", "", _gib(c.host_bytes)],
+            ]
+        rows += [total]
+    limit = plan.topology.chip.hbm_bytes
+    spare = limit - plan.peak_bytes
+    by = "estimated" if not plan.compiled else "compiled"
+    verdict = f"fits ({by}): {_gib(spare)} of {_gib(limit)} GiB to spare, {spare / limit:.0%}"
+    if not plan.fits:
+        verdict = f"does not fit ({by}): needs {_gib(plan.peak_bytes)} of {_gib(limit)} GiB"
+    return "\n".join([*_table(rows), verdict])
+
+
+def _collectives_text(compiled: Compiled) -> str:
+    rows = [["sent per chip and step", "type", "over", "chips", "times", "GiB", "GiB sent"]]
+    for row in by_kind(compiled):
+        if row["sent_bytes"] > 2**20:
+            sizes = [f"{row['times']:,}", _gib(row["bytes"]), _gib(row["sent_bytes"])]
+            rows.append([row["kind"], row["dtype"], row["axes"], str(row["group_size"]), *sizes])
+    return "\n".join(_table(rows))
+
+
+def _speed_text(plan: Plan) -> str:
+    e = plan.estimate
+    return "\n".join(
+        [
+            f"estimated, not measured: {e.step_s:.2f} s per step, "
+            f"{e.tokens_per_s_per_chip:,.0f} tokens/s/chip, MFU {e.mfu:.1%}",
+            f"compute {e.compute_s:.2f} s, memory {e.memory_s:.2f} s, ICI {e.ici_s:.2f} s, "
+            f"DCN {e.dcn_s:.2f} s; {e.flops_per_step:.3g} FLOPs of the model per step, "
+            f"{e.hardware_flops:.3g} with what is computed again",
+            *(f"- {assumption}" for assumption in e.assumptions),
+        ]
     )
 
 
-def _shapes(config: LlamaConfig, batch: int, seq_len: int) -> tuple[Params, Batch]:
-    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    ids = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
-    weights = jax.ShapeDtypeStruct((batch, seq_len), jnp.float32)
-    return params, Batch(ids, ids, weights, ids, ids)
-
-
-# ---- the command --------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """One policy of the report; per layer, in bytes and FLOPs, but for `memory`."""
-
-    policy: str
-    saved: list[Saved]
-    recomputed: dict[str, float]
-    recomputed_share: float  # of the layer's forward pass
-    memory: Memory
-
-
-def compare_policies(
-    config: LlamaConfig, policies: Sequence[str], *, batch: int, seq_len: int
-) -> list[Row]:
-    """A row for each policy."""
-    size = dict(batch=batch, seq_len=seq_len)
-    forward = sum(forward_flops(config, **size).values())
-    rows = []
-    for policy in policies:
-        again = recomputed_flops(config, policy, **size)
-        saved = saved_arrays(config, policy, **size)
-        memory = compiled_memory(config, policy, **size)
-        rows.append(Row(policy, saved, again, sum(again.values()) / forward, memory))
-    return rows
-
-
-def load_model(name: str | None, config_file: str | None) -> LlamaConfig:
-    """The model of a preset ("7b" is short for "llama_7b") or of a config file `file.py:arg`.
-
-    Raises:
-      ValueError: no such preset, or no such file.
-    """
-    if config_file is None:
-        return preset(f"llama_{name}" if f"llama_{name}" in PRESETS else name)
-    from easylm_jax.train import TrainConfig  # slow to import, and a preset does without it
-
-    path, _, argument = config_file.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"--config={config_file}: there is no file {path}; give file.py:argument")
-    spec = importlib.util.spec_from_file_location("config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(argument) if argument else module.get_config()
-    return from_config_dict(TrainConfig, config).model
-
-
-def as_text(rows: Sequence[Row]) -> str:
-    """Two aligned tables and what their words mean."""
-    columns = [LAYER_INPUT, *NAMES, UNNAMED]
-    kept = [["kept per layer, MiB", *columns, "device"]]
-    again = [["computed again per layer", "GFLOP", "of forward", "temp MiB", "peak MiB"]]
-    for row in rows:
-        cells = [_cell([s for s in row.saved if s.name == column]) for column in columns]
-        kept.append([row.policy, *cells, f"{saved_bytes(row.saved) / MIB:,.1f}"])
-        sizes = [f"{x / MIB:,.0f}" for x in (row.memory.temporary, row.memory.peak)]
-        flops = f"{sum(row.recomputed.values()) / GFLOP:,.1f}"
-        again.append([row.policy, flops, f"{row.recomputed_share:.1%}", *sizes])
-    what = ["", *(" ".join(row.recomputed) for row in rows)]
-    second = [f"{line}  {names}".rstrip() for line, names in zip(_table(again), what, strict=True)]
-    return "\n".join([*_table(kept), "", *second, "", LEGEND])
-
-
-LEGEND = """\
-. nothing is stored; h on the host. `down` is never stored: no gradient reads it. GFLOP: the matrix
-products named on the right, attention over the causal half. temp and peak (temp + parameters +
-gradients) are of the compiled gradient of all these layers. A CPU backend may store bfloat16 as
-float32 (jax 0.10 does) and has no host memory of its own: read an order, not absolute needs."""
-
-
-def _cell(arrays: Sequence[Saved]) -> str:
-    if not arrays:
-        return "."
-    host = "h" if any(array.on_host for array in arrays) else ""
-    return f"{sum(array.num_bytes for array in arrays) / MIB:,.1f}{host}"
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.2f}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns as wide as their widest cell; the first to the left, numbers right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return lines
+    return remat.table(rows)
 
 
-def as_json(rows: Sequence[Row], **head: Any) -> str:
-    """The same in one line, in bytes and FLOPs."""
-    policies = [
-        row._asdict()
-        | {"saved": [s._asdict() for s in row.saved], "memory": row.memory._asdict()}
-        | {"peak": row.memory.peak}
-        for row in rows
-    ]
-    return json.dumps(head | {"policies": policies})
+# ---- the commands -------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Parse the arguments, compare, print."""
+def main(argv: list[str]) -> None:
+    """`plan --config --topology`."""
+    config, name = flags.FLAGS.config, flags.FLAGS.topology
+    if config is None or not name:
+        raise ValueError(
+            "--config and --topology are needed, such as `python -m easylm_jax.plan "
+            "--config=configs/llama_pretrain.py:7b --topology=v5e:16x16`; --help says more"
+        )
+    if len(argv) > 1:
+        raise ValueError(f"arguments {argv[1:]} are not understood; settings are --config.KEY=...")
+    case, topology = case_of(from_config_dict(TrainConfig, config)), parse_topology(name)
+    jax.config.update("jax_platforms", "cpu")
+    if topology.chip.name == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    plan = make_plan(case, topology, compiles=not flags.FLAGS.no_compile)
+    print(json.dumps(as_json(plan)) if flags.FLAGS.json else as_text(plan))
+
+
+def remat_main(arguments: Sequence[str]) -> None:
+    """`plan --remat`: parse the arguments, compare, print."""
     parser = argparse.ArgumentParser(
-        prog="python -m easylm_jax.plan", description=__doc__.splitlines()[0]
+        prog="python -m easylm_jax.plan", description=remat.__doc__.splitlines()[0]
     )
     add = parser.add_argument
     add("--remat", action="store_true", required=True, help="compare rematerialisation policies")
@@ -296,7 +261,7 @@ def main() -> None:
         help="further policies, aliases or maps such as q:keep,gate:offload",
     )
     add("--json", action="store_true", help="one JSON line instead of tables")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     try:
         config = load_model(args.model, args.config)
@@ -306,18 +271,49 @@ def main() -> None:
         parser.exit(2, f"error: {error}\n")
 
     config = dataclasses.replace(
-        config, num_layers=args.layers, vocab_size=VOCABULARY, dtype=args.dtype
+        config, num_layers=args.layers, vocab_size=remat.VOCABULARY, dtype=args.dtype
     )
     policies = dict.fromkeys(["none", *POLICIES, *args.policies])
     size = dict(batch=args.batch, seq_len=args.seq_len)
-    rows = compare_policies(config, list(policies), **size)
+    rows = remat.compare_policies(config, list(policies), **size)
     head = dict(model=args.config or args.model, layers=args.layers, dtype=args.dtype, **size)
-    head |= dict(vocab_size=VOCABULARY, jax=jax.__version__)
+    head |= dict(vocab_size=remat.VOCABULARY, jax=jax.__version__)
     if args.json:
-        print(as_json(rows, **head))
+        print(remat.as_json(rows, **head))
     else:
-        print("  ".join(f"{key} {value}" for key, value in head.items()), as_text(rows), sep="\n\n")
+        first = "  ".join(f"{key} {value}" for key, value in head.items())
+        print(first, remat.as_text(rows), sep="\n\n")
+
+
+def load_model(name: str | None, config_file: str | None) -> LlamaConfig:
+    """The model of a preset ("7b" is short for "llama_7b") or of a config file `file.py:arg`.
+
+    Raises:
+      ValueError: no such preset, or no such file.
+    """
+    if config_file is None:
+        return preset(f"llama_{name}" if f"llama_{name}" in PRESETS else name)
+    path, _, argument = config_file.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"--config={config_file}: there is no file {path}; give file.py:argument")
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(argument) if argument else module.get_config()
+    return from_config_dict(TrainConfig, config).model
 
 
 if __name__ == "__main__":
-    main()
+    if "--remat" in sys.argv:
+        remat_main(sys.argv[1:])
+    else:
+        config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "Python file with get_config(), `file.py:arg`. --config.KEY=VALUE changes a setting.",
+        )
+        flags.DEFINE_string("topology", None, "Such as v5p:8x16x16, v5e:16x16@2, v4:4x4x8, cpu:8.")
+        flags.DEFINE_bool("search", False, "Look for a better mesh, remat policy, micro-batches.")
+        flags.DEFINE_bool("json", False, "One JSON line instead of text.")
+        flags.DEFINE_bool("no_compile", False, "The analytic estimates alone.")
+        run_main(main)

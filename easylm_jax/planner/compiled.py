@@ -102,7 +102,7 @@ def lower_step(case: Case, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def out_of_memory(message: str, *, compile_s: float) -> Compiled:
-    """What the compiler's refusal says: "Used 20.1G of 15.75G hbm. ... program 3G arguments 17G"."""
+    """What the compiler's refusal says, such as "Used 20.1G of 15.75G hbm. ..."."""
     sizes = {
         name: _bytes(found[1])
         for name, pattern in (

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 
 import jax
 import pytest
@@ -13,6 +12,8 @@ from easylm_jax.metrics import flops_per_token
 from easylm_jax.models.attention import AttentionConfig
 from easylm_jax.models.llama import LlamaConfig
 from easylm_jax.models.presets import PRESETS, preset
+from easylm_jax.models.remat import NAMES, POLICIES
+from easylm_jax.planner import remat
 
 B, T = 1, 32
 SIZE = dict(batch=B, seq_len=T)
@@ -36,7 +37,7 @@ def test_forward_flops_are_a_third_of_what_mfu_counts():
         fields = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff")
         sizes = {field: getattr(config, field) for field in fields}
         counted = flops_per_token(**sizes, vocab_size=0, seq_len=512)["causal"] * 3 * 512
-        layer = sum(plan.forward_flops(config, batch=3, seq_len=512).values())
+        layer = sum(remat.forward_flops(config, batch=3, seq_len=512).values())
         assert 3 * config.num_layers * layer == pytest.approx(counted, rel=1e-12), name
 
 
@@ -44,14 +45,14 @@ def test_a_window_is_counted_pair_by_pair():
     window = 5
     config = dataclasses.replace(CONFIG, attention=AttentionConfig(sliding_window=window))
     pairs = sum(min(t + 1, window) for t in range(T)) - min(window, T) / 2  # half the diagonal
-    got = plan.forward_flops(config, **SIZE)["attention"]
+    got = remat.forward_flops(config, **SIZE)["attention"]
     assert got == pytest.approx(4 * 4 * 24 * pairs, rel=0.02)
 
 
 def backward_work(policy):
     """FLOPs of the linear layers, and the number of attention loops, in a layer's backward pass."""
     config = dataclasses.replace(CONFIG, remat=policy)
-    traced = jax.make_jaxpr(plan.gradient(config))(*plan._shapes(config, B, T))
+    traced = jax.make_jaxpr(remat.gradient(config))(*remat._shapes(config, B, T))
     layers = [e for e in traced.eqns if e.primitive.name == "scan" and e.params["reverse"]]
     return count(layers[-1].params["jaxpr"].jaxpr)
 
@@ -72,11 +73,11 @@ def count(jaxpr):
     return flops, loops
 
 
-@pytest.mark.parametrize("policy", [*plan.POLICIES, *MAPS])
+@pytest.mark.parametrize("policy", [*POLICIES, *MAPS])
 def test_recomputed_flops_are_those_that_the_backward_pass_has_beyond_its_own(policy):
     own_flops, own_loops = backward_work("none")
     flops, loops = backward_work(policy)
-    again = plan.recomputed_flops(CONFIG, policy, **SIZE)
+    again = remat.recomputed_flops(CONFIG, policy, **SIZE)
     assert loops - own_loops == ("attention" in again)
     assert flops - own_flops == sum(again.values()) - again.get("attention", 0)
 
@@ -86,8 +87,8 @@ def test_each_further_layer_costs_the_compiled_program_what_a_layer_keeps(policy
     temporary = {}
     for num_layers in (4, 8):
         config = dataclasses.replace(CONFIG, num_layers=num_layers)
-        temporary[num_layers] = plan.compiled_memory(config, policy, **SIZE).temporary
-    kept = plan.saved_bytes(plan.saved_arrays(CONFIG, policy, **SIZE))
+        temporary[num_layers] = remat.compiled_memory(config, policy, **SIZE).temporary
+    kept = remat.saved_bytes(remat.saved_arrays(CONFIG, policy, **SIZE))
     assert temporary[8] - temporary[4] == pytest.approx(4 * kept, rel=0.02)
 
 
@@ -95,34 +96,31 @@ def test_each_further_layer_costs_the_compiled_program_what_a_layer_keeps(policy
 def test_a_7b_block_needs_least_memory_under_full_and_most_under_none():
     config = preset("llama_7b", num_layers=2, vocab_size=512, dtype="bfloat16")
     peaks = [
-        plan.compiled_memory(config, policy, batch=1, seq_len=2048).peak
+        remat.compiled_memory(config, policy, batch=1, seq_len=2048).peak
         for policy in ("full", "attention_only", "linear_outputs", "none")
     ]
     assert peaks == sorted(peaks)
     assert min(b - a for a, b in zip(peaks, peaks[1:], strict=False)) > 16 * 2**20
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["plan", *args])
-    plan.main()
+def run(*args):
+    plan.remat_main(args)
 
 
 @pytest.fixture
 def instant_compile(monkeypatch):
-    memory = plan.Memory(3 * plan.MIB, 5 * plan.MIB, 7 * plan.MIB)
-    monkeypatch.setattr(plan, "compiled_memory", lambda *args, **kwargs: memory)
+    memory = remat.Memory(3 * remat.MIB, 5 * remat.MIB, 7 * remat.MIB)
+    monkeypatch.setattr(remat, "compiled_memory", lambda *args, **kwargs: memory)
 
 
-def test_the_command_prints_aligned_tables_and_the_same_as_json(
-    monkeypatch, capsys, instant_compile
-):
+def test_the_command_prints_aligned_tables_and_the_same_as_json(capsys, instant_compile):
     arguments = ("--remat", "--model=debug", "--seq_len=4096", "--policies", "v:keep,up:offload")
-    run(monkeypatch, *arguments)
+    run(*arguments)
     blocks = capsys.readouterr().out.split("\n\n")
     kept, again = (block.splitlines() for block in blocks[1:3])
     assert len({len(line) for line in kept}) == 1
     assert kept[0].split()[-13:-11] == ["MiB", "input"]
-    columns = ["input", *plan.NAMES, "rest", "device"]
+    columns = ["input", *NAMES, "rest", "device"]
     cells = dict(zip(columns, kept[-1].split()[1:], strict=True))
     # bfloat16: 4096 tokens of width 64 for the input, 2 x 16 for v, and 128 for up.
     assert (cells["input"], cells["v"], cells["up"]) == ("0.5", "0.2", "1.0h")
@@ -130,11 +128,11 @@ def test_the_command_prints_aligned_tables_and_the_same_as_json(
     # By hand: 2 x 4096 x 28,672 weights again and 4 x 4096^2 / 2 x 64 for attention, of 2.45e9.
     assert again[2].split() == "full 2.4 97.3% 3 15 q k v o gate up attention".split()
 
-    run(monkeypatch, *arguments, "--json")
+    run(*arguments, "--json")
     report = json.loads(capsys.readouterr().out)
     names = [row["policy"] for row in report["policies"]]
-    assert names == ["none", *plan.POLICIES, "v:keep,up:offload"]
-    assert report["policies"][-1]["peak"] == 15 * plan.MIB
+    assert names == ["none", *POLICIES, "v:keep,up:offload"]
+    assert report["policies"][-1]["peak"] == 15 * remat.MIB
 
 
 @pytest.mark.parametrize(
@@ -145,9 +143,9 @@ def test_the_command_prints_aligned_tables_and_the_same_as_json(
         (["--config=configs/none.py:7b"], "there is no file configs/none.py"),
     ],
 )
-def test_a_wrong_name_gets_one_sentence(monkeypatch, capsys, arguments, words):
+def test_a_wrong_name_gets_one_sentence(capsys, arguments, words):
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, "--remat", *arguments)
+        run("--remat", *arguments)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
