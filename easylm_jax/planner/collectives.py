@@ -68,6 +68,8 @@ def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[Collective, ..
         key = channel[0] if channel and path[-1].fused else f"{path} {op.name}"
         if key not in found or times < found[key].times:
             dtype, num_bytes = _payload(op, kind, size)
+            if path[-1].computation.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # the TPU compiler's fusion of a sum and a slice of it
             found[key] = Collective(kind, dtype, num_bytes, times, size, axes, _where(op))
     return tuple(sorted(found.values(), key=lambda c: -c.sent_bytes))
 
@@ -136,6 +138,7 @@ class Step(NamedTuple):
     """One step down from the entry: through a loop, or into a fusion or a call."""
 
     name: str
+    computation: str
     fused: bool
 
 
@@ -143,18 +146,18 @@ def _walk(
     computations: dict[str, Computation],
 ) -> Iterator[tuple[tuple[Step, ...], Op, int]]:
     """(way down to it, operation, how often a step runs it) for every operation."""
-    todo = [("ENTRY", (Step("ENTRY", False),), 1)]
+    inside = {"while": "body", "call": "to_apply", "fusion": "calls", "async-start": "calls"}
+    todo = [((Step("", "ENTRY", False),), 1)]
     while todo:
-        name, path, times = todo.pop()
-        for op in computations[name].values():
+        path, times = todo.pop()
+        around = computations[path[-1].computation]
+        for op in around.values():
             yield path, op, times
-            if op.opcode == "while":
-                again = trip_count(computations, computations[name], op)
-                todo.append((_called(op, "body"), (*path, Step(op.name, False)), times * again))
-            elif op.opcode in ("fusion", "call", "async-start"):
-                fused = op.opcode == "fusion"
-                inner = _called(op, "to_apply" if op.opcode == "call" else "calls")
-                todo.append((inner, (*path, Step(op.name, fused)), times))
+            if op.opcode in inside:
+                step = Step(op.name, _called(op, inside[op.opcode]), op.opcode == "fusion")
+                loop = op.opcode == "while"
+                again = trip_count(computations, around, op) if loop else 1
+                todo.append(((*path, step), times * again))
 
 
 def _called(op: Op, attribute: str) -> str:
@@ -236,19 +239,28 @@ def _axes(devices: Sequence[int], sizes: tuple[int, ...]) -> set[int]:
 
 def _replicas(rest: str, num_devices: int) -> list[int]:
     """The devices of the first group, in any of the three notations."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+    ids = np.arange(num_devices)
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", rest
+    )
+    if named:
         names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", named[1]), strict=True)
-        grid = np.arange(num_devices).reshape([int(n) for n in sizes])
-        used = re.findall(r"'(\w+)'", named[2])
+        if order := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named[2] or ""):
+            ids = _transposed(ids, order[1], order[2])
+        grid = ids.reshape([int(n) for n in sizes])
+        used = re.findall(r"'(\w+)'", named[3])
         return grid[tuple(slice(None) if n in used else 0 for n in names)].reshape(-1).tolist()
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     if iota:
-        grid = np.arange(num_devices).reshape(_numbers(iota[2]))
-        if iota[3]:
-            grid = grid.transpose(_numbers(iota[3]))
+        grid = _transposed(ids, iota[2], iota[3])
         return grid.reshape(_numbers(iota[1]))[0].tolist()
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     return _numbers(listed[1]) if listed else list(range(num_devices))
+
+
+def _transposed(ids: np.ndarray, shape: str, order: str | None) -> np.ndarray:
+    grid = ids.reshape(_numbers(shape))
+    return (grid.transpose(_numbers(order)) if order else grid).reshape(-1)
 
 
 def _numbers(text: str) -> list[int]:
