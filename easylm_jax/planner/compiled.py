@@ -28,8 +28,13 @@ from easylm_jax.train_state import abstract_state, init_state
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one chip needs, in bytes. Where the compiler ran out of memory, only `peak_bytes`,
-    `arguments`, `program_bytes` and `compile_s` are known."""
+    """What one chip needs, in bytes.
+
+    `peak_bytes` is what the compiler holds against its limit: arguments, outputs that are not
+    written over them, temporaries and the program itself. (A program whose sum is 2 MiB below the
+    limit compiles, and one 1 MiB above does not.) Where it ran out of memory, only this sum, the
+    arguments and the program are known, as far as its message names them.
+    """
 
     peak_bytes: int
     arguments: int
@@ -61,10 +66,11 @@ def compile_step(case: Case, topology: Topology) -> Compiled:
     stats = program.memory_analysis()
     outputs, aliased = stats.output_size_in_bytes, stats.alias_size_in_bytes
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    program_bytes = stats.generated_code_size_in_bytes
     return Compiled(
-        peak_bytes=arguments + outputs - aliased + temporaries,
+        peak_bytes=arguments + outputs - aliased + temporaries + program_bytes,
         arguments=arguments,
-        program_bytes=stats.generated_code_size_in_bytes,
+        program_bytes=program_bytes,
         compile_s=compile_s,
         outputs=outputs,
         aliased=aliased,
@@ -106,7 +112,7 @@ def out_of_memory(message: str, *, compile_s: float) -> Compiled:
     sizes = {
         name: _bytes(found[1])
         for name, pattern in (
-            ("peak_bytes", r"Used ([\d.]+[KMGT]?) of"),
+            ("peak_bytes", r"(?:Used |temporaries \()([\d.]+[KMGT]?)\)? (?:of|exceeds)"),
             ("program_bytes", r"program +([\d.]+[KMGT]?)"),
             ("arguments", r"arguments +([\d.]+[KMGT]?)"),
         )
