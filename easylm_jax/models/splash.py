@@ -7,8 +7,6 @@ positions: a document must be one run of rows whose positions rise by one, as pa
 Called through attention_choice.py, on each device's part of rows and heads.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +65,6 @@ def _padded(x: Array, block: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
 
-@functools.lru_cache(maxsize=8)  # the tables take 13 s of the host at 64k tokens
 def _kernel(N, T, S, block_q, block_k, window, interpret) -> kernels.SplashAttentionKernel:
     """The kernel for all S / T parts of a row, with tables of the tiles that each shall visit.
 
@@ -91,16 +88,14 @@ def _kernel(N, T, S, block_q, block_k, window, interpret) -> kernels.SplashAtten
         block_q_dq=block_q,
         block_kv_dq=block_k,
     )
-    with jax.ensure_compile_time_eval():
-        kernel = kernels.make_splash_mha(
-            masks.MultiHeadMask([mask] * N),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=parts,
-            residual_checkpoint_name="attention_out",
-            interpret=interpret,
-        )
-        return jax.tree.map(np.asarray, kernel)
+    return kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * N),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=parts,
+        residual_checkpoint_name="attention_out",
+        interpret=interpret,
+    )
 
 
 def _part(kernel, index: Array | int, parts: int):
@@ -108,10 +103,10 @@ def _part(kernel, index: Array | int, parts: int):
     if parts == 1:
         return kernel
 
-    def share(x: np.ndarray) -> Array:
+    def share(x: Array) -> Array:
         dim = 0 if x.ndim == 1 else 1  # row numbers [T]; tables of tiles [heads, tiles, width]
         size = x.shape[dim] // parts
-        return lax.dynamic_slice_in_dim(jnp.asarray(x), index * size, size, axis=dim)
+        return lax.dynamic_slice_in_dim(x, index * size, size, axis=dim)
 
     return jax.tree.map(share, kernel)
 

@@ -21,12 +21,12 @@ REFERENCE = AttentionConfig(implementation="reference")
 BOTH = pytest.mark.parametrize("config", [BLOCKS, REFERENCE], ids=["blockwise", "reference"])
 
 
-def draw(seed: int, T: int, *, B: int = 2, N: int = 4, K: int = 2, H: int = 8):
+def draw(seed: int, T: int, *, B=2, N=4, K=2, H=8, starts=0.1):
     """q, k, v and ids: documents of random lengths that start at random positions, a padded tail,
     and a tenth of the keys forgotten (-1)."""
     rng = np.random.default_rng(seed)
     arrays = [jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K)]
-    starts = rng.uniform(size=(B, T)) < 0.1
+    starts = rng.uniform(size=(B, T)) < starts
     starts[:, 0] = True
     segments = np.cumsum(starts, axis=1)
     first = np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
