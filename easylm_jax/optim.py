@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from easylm_jax.array_types import Params
+from easylm_jax.optim_state import store_moments
 from easylm_jax.tree import map_named, matches
 
 OPTIMIZERS = ("adamw", "adafactor", "lion")
@@ -43,13 +44,18 @@ class OptimConfig:
     no_decay: tuple[str, ...] = ("scale$", "bias$", "embedding$")  # path patterns left undecayed
     scale_by_param: bool = False  # the rate is relative to the size of each parameter
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # how moments are stored
 
     def __post_init__(self) -> None:
         for value, known in ((self.name, OPTIMIZERS), (self.schedule, SCHEDULES)):
             if value not in known:
                 near = difflib.get_close_matches(value, known, n=1) or known
                 raise ValueError(f"optim: {value!r} is not known; near it: {', '.join(near)}")
+        if self.name == "adafactor" and self.state_dtype != "float32":
+            raise ValueError(
+                f"optim.state_dtype is {self.state_dtype!r}, but adafactor stores only a row and a "
+                "column of each matrix, in float32; use state_dtype 'float32'"
+            )
 
 
 def parse_duration(
@@ -132,11 +138,11 @@ def scale_by_param_rms() -> optax.GradientTransformation:
 
 def make_optimizer(config: OptimConfig, schedule: Schedule) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimiser with decoupled weight decay."""
-    moments = dict(b1=config.b1, b2=config.b2, mu_dtype=config.mu_dtype)
     if config.name == "adamw":
-        parts = [optax.scale_by_adam(eps=config.eps, **moments)]
+        adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+        parts = [store_moments(adam, config.state_dtype)]
     elif config.name == "lion":
-        parts = [optax.scale_by_lion(**moments)]
+        parts = [store_moments(optax.scale_by_lion(config.b1, config.b2), config.state_dtype)]
     else:
         # Its own weight decay is not scaled by the learning rate; the one below is, as in AdamW.
         adafactor = optax.adafactor(learning_rate=None, multiply_by_parameter_scale=False)

@@ -26,8 +26,8 @@ BATCH_SPEC = P(BATCH_AXES, "sequence")  # every [B, T] array
 def spec_for(name: str, shape: tuple[int, ...], rules: Rules) -> P:
     """The partition spec of one leaf.
 
-    Scalars are replicated, and so are leaves whose rank differs from their rule's: factored moments
-    of Adafactor, which are small. `sharding_table` shows them.
+    Dims of size 1 are not split. Leaves whose rank differs from their rule's are replicated:
+    factored moments of Adafactor, which are small. `sharding_table` shows them.
 
     Raises:
       ValueError: no rule matches `name`.
@@ -36,7 +36,9 @@ def spec_for(name: str, shape: tuple[int, ...], rules: Rules) -> P:
         return P()
     for pattern, spec in rules:
         if matches(pattern, name):
-            return spec if len(spec) == len(shape) else P()
+            if len(spec) != len(shape):
+                return P()
+            return P(*(axes if size > 1 else None for axes, size in zip(spec, shape, strict=True)))
     raise ValueError(
         f"no sharding rule matches the parameter {name} of shape {shape}; add a rule for it"
     )
