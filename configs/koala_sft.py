@@ -85,7 +85,7 @@ def get_config(mix: str = "conditional"):
                 final_lr_ratio=0.1,
                 b2=0.95,
                 clip_norm=1.0,
-                state_dtype="bfloat16",
+                state_dtype="bfloat16",  # there the first moment alone
                 warmup="3%",  # ... but for these two, which are our choice
                 weight_decay=0.0,
             ),
