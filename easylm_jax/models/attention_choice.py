@@ -49,6 +49,15 @@ def check_choice(config: Any) -> None:
         )
 
 
+def check_forgetting(config: Any, fcm_max_ratio: float) -> None:
+    """Raise ValueError where keys are to be forgotten and the kernel cannot. For LlamaConfig."""
+    if fcm_max_ratio and config.implementation == "tokamax":
+        raise ValueError(
+            "the tokamax kernel cannot forget single keys, got fcm_max_ratio = "
+            f"{fcm_max_ratio}; set it to 0 or use attention.implementation = 'blockwise'"
+        )
+
+
 def choose(config: Any, reference: Kernel, *, cached: bool, num_queries: int) -> tuple[Kernel, str]:
     """The kernel of a call, and how its queries are split over mesh axis `sequence`.
 

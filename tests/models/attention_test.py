@@ -1,4 +1,4 @@
-"""Attention: both implementations against a loop over queries, and blockwise against reference.
+"""Attention: blockwise and reference against a loop over queries; rows split over devices.
 
 Further letters as in attention.py: Q rows of a query tile, C columns of a key tile.
 """
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easylm_jax.mesh import make_mesh
 from easylm_jax.models.attention import AttentionConfig, attention
+from easylm_jax.models.attention_choice import check_forgetting
 from easylm_jax.models.attention_mask import visible
 from easylm_jax.models.blockwise import _tile_keep, _Tiles
 from tests.tiny import assert_close
@@ -207,6 +209,75 @@ def test_dropout_keeps_the_expectation_and_needs_a_key(config):
     assert np.sqrt((far**2).mean()) < 1.3  # 1 if the only error is that of 1000 draws
 
 
-def test_an_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match="'flash'; there are blockwise, reference, splash, tokamax"):
-        AttentionConfig(implementation="flash")
+# ---- rows split over devices, and what is refused ------------------------------------------------
+
+
+@pytest.mark.parametrize("across", ["gather", "ring", "all_to_all"])
+@pytest.mark.parametrize("mesh", ["2,1,4,1", "1,2,2,2"])
+def test_rows_split_over_devices_equal_the_whole(mesh, across):
+    arrays, where = draw(8, 64, N=8, K=4)
+    d_out = random_like(arrays[0])
+    config = dataclasses.replace(BLOCKS, sliding_window=20)
+    expected = value_and_grads(arrays, where, d_out, config=config)
+    config = dataclasses.replace(config, across_sequence=across)
+    with jax.set_mesh(make_mesh(mesh)):
+        program = value_and_grads.lower(arrays, where, d_out, config=config).as_text()
+        got = value_and_grads(arrays, where, d_out, config=config)
+    assert_close(got, expected, rtol=2e-6)
+    assert ("all_to_all" in program) == (across == "all_to_all")
+    assert ("collective_permute" in program) == (across == "ring")
+
+
+def test_a_cache_is_served_by_gathered_keys_whatever_trains():
+    """Two new tokens over 40 slots on a mesh: no ring, no exchange of heads, no splash."""
+    arrays, where = draw(1, 40)
+    new = {n: x[:, 30:32] if n.startswith("q") else x for n, x in where.items()}
+    q = arrays[0][:, 30:32]
+    expected = by_loops(q, *arrays[1:], **new, window=None)
+    splash = AttentionConfig(implementation="splash")
+    for config in (dataclasses.replace(BLOCKS, across_sequence="ring"), splash):
+        with jax.set_mesh(make_mesh("2,1,2,2")):
+            run = functools.partial(attention, config=config, cache_index=jnp.int32(30))
+            got = jax.jit(lambda q, k, v, ids, run=run: run(q, k, v, **ids))(q, *arrays[1:], new)
+        assert_close(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(implementation="flash"), "'flash'; there are blockwise, reference, splash, tokamax"),
+        (dict(across_sequence="rings"), "'rings'; there are gather, ring, all_to_all"),
+        (
+            dict(implementation="splash", across_sequence="ring"),
+            "works with implementation = 'blockwise' alone, got 'splash'; use 'all_to_all'",
+        ),
+        (dict(implementation="splash", dropout=0.1), "splash kernel has no attention dropout, got"),
+        (dict(implementation="tokamax", dropout=0.1), "tokamax kernel has no attention dropout"),
+        (dict(implementation="splash", block_k=200), "multiples of 128, got 256 and 200"),
+    ],
+)
+def test_a_choice_that_nothing_could_serve_is_one_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        AttentionConfig(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokamax_cannot_forget_keys():
+    with pytest.raises(ValueError, match="cannot forget single keys, got fcm_max_ratio = 0.15; "):
+        check_forgetting(AttentionConfig(implementation="tokamax"), 0.15)
+    check_forgetting(AttentionConfig(implementation="splash"), 0.15)
+
+
+@pytest.mark.parametrize(
+    "mesh, T, across, sentence",
+    [
+        ("2,1,4,1", 66, "gather", "rows of 66 tokens do not split over mesh axis sequence = 4"),
+        ("2,1,1,4", 64, "gather", "2 key/value heads do not split over tensor = 4; use sizes"),
+        ("2,1,4,1", 64, "all_to_all", "over tensor x sequence = 4; .* 'ring' or 'gather'"),
+    ],
+)
+def test_a_mesh_that_divides_neither_heads_nor_rows_is_one_sentence(mesh, T, across, sentence):
+    arrays, where = draw(0, T)
+    config = dataclasses.replace(BLOCKS, across_sequence=across)
+    with jax.set_mesh(make_mesh(mesh)), pytest.raises(ValueError, match=sentence):
+        attention(*arrays, **where, config=config)
