@@ -24,7 +24,7 @@ from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.data.prefetch import Prefetch
 from easylm_jax.data.source import DataConfig, make_source
 from easylm_jax.measurements import EvalConfig, Measurements
-from easylm_jax.mesh import DistributedConfig, check_divides, make_mesh, start_processes
+from easylm_jax.mesh import check_divides, make_mesh
 from easylm_jax.metrics import MetricLog
 from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, make_forward
 from easylm_jax.models.lora import LoraConfig, trainable, with_adapter_dropout
@@ -38,6 +38,7 @@ from easylm_jax.preflight import (
     check_same_tokenizer,
     check_vocabulary,
 )
+from easylm_jax.processes import DistributedConfig, joined_processes
 from easylm_jax.progress import Progress
 from easylm_jax.sharding import local_rows, to_global
 from easylm_jax.step import GuardConfig, jit_train_step
@@ -63,7 +64,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     early_stop: EarlyStopConfig = EarlyStopConfig()
-    mesh: str = "1,-1,1,1"  # replica,fsdp,sequence,tensor
+    mesh: str = "1,-1,1,1"  # replica,fsdp,sequence,tensor; after an @ across slices or hosts
     distributed: DistributedConfig = DistributedConfig()
     seed: int = 0
     init_from: str | None = None  # a new run takes its parameters from this model, of any format
@@ -87,9 +88,9 @@ class TrainConfig:
 
 def train(cfg: TrainConfig, workdir: str) -> None:
     """The whole run. Every process of it calls this."""
-    start_processes(cfg.distributed)
-    is_first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
+        at_step = stack.enter_context(joined_processes(cfg.distributed))
+        is_first = jax.process_index() == 0
         if is_first:
             stack.enter_context(run_files.lock(workdir))
         stop_asked = stack.enter_context(stop_signals(cfg.log_every))
@@ -245,6 +246,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         while step < total_steps and not (
             monitor.must_stop or early_stop.reason or stop_asked(step)
         ):
+            at_step(step)
             profile_at(step)
             batch, data_metrics = source.next()
             if step == first_step:
