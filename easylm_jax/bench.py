@@ -1,6 +1,7 @@
 """Time training steps, or reading and writing with a model, on a fixed piece of work.
 
-    python -m easylm_jax.bench --work=small --dtype=float32 --json
+    python -m easylm_jax.bench --work=small --dtype=bfloat16 --json
+    python -m easylm_jax.bench --work=7b --profile=/tmp/profile
     python -m easylm_jax.bench --work=decode --model=PATH --batch=8 --json
 
 The work itself is in `bench_train.py` and `bench_decode.py`, of which only one is imported, so that
@@ -8,13 +9,15 @@ the peak of memory is that of the work. A measurement, never a test.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
 
 import jax
 
-WORKS = ("small", "long", "1b", "decode")
+WORKS = ("small", "long", "1b", "7b", "decode")
+CHANGES = ("dtype", "remat", "batch", "micro_batches", "seq_len", "layers", "state_dtype")
 
 
 def main() -> None:
@@ -24,20 +27,27 @@ def main() -> None:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--work", choices=WORKS, default="small", help="training, or `decode`")
-    parser.add_argument("--model", help="decode: path of a model, of any format")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", default="none", help="policy of models/remat.py")
-    parser.add_argument("--mesh", default="1,-1,1,1", help="replica,fsdp,sequence,tensor")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--batch", type=int, help="rows, instead of the work's own; decode: 1")
-    parser.add_argument("--prompt", type=int, default=512, help="decode: tokens to read, per row")
-    parser.add_argument("--new", type=int, default=128, help="decode: tokens to write, per row")
-    parser.add_argument("--chunk", type=int, default=8, help="decode: tokens per dispatch")
-    parser.add_argument(
-        "--micro_batches", type=int, default=1, help="parts whose gradients a step adds up"
+    add = parser.add_argument
+    add("--work", choices=WORKS, default="small", help="training, or `decode`")
+    add("--mesh", default="1,-1,1,1", help="replica,fsdp,sequence,tensor")
+    add("--steps", type=int, default=5, help="timed steps")
+    add("--json", action="store_true", help="one JSON line instead of a table")
+    own = parser.add_argument_group("instead of what the work has by itself")
+    own.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
+    own.add_argument("--batch", type=int, help="rows")
+    own.add_argument("--seq_len", type=int, help="tokens per row")
+    own.add_argument("--layers", type=int, help="for a quick look")
+    own.add_argument("--remat", help="policy of models/remat.py")
+    own.add_argument("--micro_batches", type=int, help="parts whose gradients a step adds up")
+    own.add_argument("--state_dtype", help="of AdamW's moments: float32, bfloat16 or int8")
+    own.add_argument(
+        "--attention", help="tokamax on GPU, splash on TPU, blockwise on CPU, or other"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+    add("--profile", help="training: folder for a profile of one step, and a table of its parts")
+    add("--model", help="decode: path of a model, of any format")
+    add("--prompt", type=int, default=512, help="decode: tokens to read, per row")
+    add("--new", type=int, default=128, help="decode: tokens to write, per row")
+    add("--chunk", type=int, default=8, help="decode: tokens per dispatch")
     options = parser.parse_args()
     result = _decode(options) if options.work == "decode" else _train(options)
     result |= {
@@ -48,8 +58,12 @@ def main() -> None:
     }
     if options.json:
         print(json.dumps(result))
-    else:
-        print("\n".join(f"{name:20s} {value}" for name, value in result.items()))
+        return
+    parts = result.pop("breakdown", {})
+    print("\n".join(f"{name:24s} {value}" for name, value in result.items()))
+    if parts:
+        print("\nshare of the time of one profiled step")
+        print("\n".join(f"{share:8.1%}  {kind}" for kind, share in parts.items()))
 
 
 def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
@@ -59,7 +73,7 @@ def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
         raise SystemExit("error: --work=decode needs --model=PATH")
     return bench_decode.run(
         model=options.model,
-        dtype=options.dtype,
+        dtype=options.dtype or "float32",
         mesh=options.mesh,
         rows=options.batch or 1,
         prompt_tokens=options.prompt,
@@ -69,11 +83,14 @@ def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
     )
 
 
-def _train(options: argparse.Namespace) -> dict[str, str | int | float]:
+def _train(options: argparse.Namespace) -> dict[str, str | int | float | dict[str, float]]:
     from easylm_jax import bench_train
 
-    names = ("work", "dtype", "remat", "mesh", "steps", "batch", "micro_batches")
-    return bench_train.run(**{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in CHANGES}
+    changes = {name: value for name, value in given.items() if value is not None}
+    work = dataclasses.replace(bench_train.WORKS[options.work], **changes)
+    settings = {name: getattr(options, name) for name in ("mesh", "steps", "attention", "profile")}
+    return {"work": options.work} | bench_train.run(work, **settings)
 
 
 if __name__ == "__main__":
