@@ -292,6 +292,12 @@ class Launcher:
             if jobs and all(job.state == "running" for job in jobs.values()):
                 self._tell(f"{self.pod.name} runs the job on all its workers: nothing to resume")
                 return
+            if jobs and all(job.state == "ended with status 0" for job in jobs.values()):
+                self._tell(
+                    f"the job ended well on all workers of {self.pod.name}: `{self._itself} start` "
+                    f"starts it again, `{self._itself} delete` ends the cost"
+                )
+                return
             # Alone a worker cannot save: it waits for the others, not for long here.
             self._demand(state, "stop", stop_script(self._home, min(grace_s, 30)))
         elif state.name in GONE | {"ABSENT"}:

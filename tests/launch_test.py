@@ -172,6 +172,8 @@ def test_from_creation_to_the_end(world, capfd):
     pod.stop()
     assert "ended on all workers" in (text := said()) and "killed" not in text
     assert int((world.workdir / "saved0").read_text()) > saved
+    pod.resume()
+    assert "the job ended well on all workers of pod-1: `LAUNCH start`" in said()
     pod.check()
     assert said().count("ended with status 0") == 4
     pod.delete()
