@@ -171,10 +171,12 @@ def _forward(ring, q_BIKRH, k_BJKCH, v_BJKCH, ids, key):
 
     def turn(r, keys, seen):
         arrays = _meet(ring, q_BIKRH, (q_seg, q_pos), keys, key, r)
-        return lax.map(
-            lambda n_and_seen: tile.forward_tile(ring.tiles, *arrays, *n_and_seen),
-            (jnp.arange(B * I), seen),
-        )
+
+        def query_tile(n, seen):
+            one = tile.forward_tile(ring.tiles, *arrays, n, tuple(x[n] for x in seen))
+            return tuple(x.at[n].set(x_n) for x, x_n in zip(seen, one, strict=True))
+
+        return lax.fori_loop(0, B * I, query_tile, seen)
 
     keys = (k_BJKCH, v_BJKCH, k_seg, k_pos)
     out, lse = tile.normalise(_around(ring, turn, keys, tile.nothing_seen(B * I, K, R, H)))
@@ -195,13 +197,13 @@ def _backward(ring, residuals, d_out):
         d_kv = _to_next(d_kv, ring.axis)  # added only after the work, so that it can hide it too
         arrays = _meet(ring, q_BIKRH, (q_seg, q_pos), keys, key, r)
 
-        def query_tile(d_kv, n_and_d_q):
-            n, d_q = n_and_d_q
-            d_q, *d_kv = tile.backward_tile(ring.tiles, *arrays, rows, n, (d_q, *d_kv))
-            return tuple(d_kv), d_q
+        def query_tile(n, gradients):
+            d_q, *d_kv = gradients
+            one, *d_kv = tile.backward_tile(ring.tiles, *arrays, rows, n, (d_q[n], *d_kv))
+            return d_q.at[n].set(one), *d_kv
 
-        d_kv_here, d_q = lax.scan(query_tile, (zeros, zeros), (jnp.arange(B * I), d_q))
-        return d_q, jax.tree.map(jnp.add, d_kv, d_kv_here)
+        d_q, *d_kv_here = lax.fori_loop(0, B * I, query_tile, (d_q, zeros, zeros))
+        return d_q, jax.tree.map(jnp.add, d_kv, tuple(d_kv_here))
 
     start = (jnp.zeros((B * I, K, R, H), jnp.float32), (zeros, zeros))
     d_q, d_kv = _around(ring, turn, (k_BJKCH, v_BJKCH, k_seg, k_pos), start)
