@@ -8,16 +8,21 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import topologies
 
 from easylm_jax.mesh import make_mesh
 from easylm_jax.models.attention import AttentionConfig, attention
 from easylm_jax.models.attention_mesh import on_each_device
+from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward
 from easylm_jax.models.remat import jax_policy, parse_policy
 from easylm_jax.models.splash import splash
+from easylm_jax.objectives import cross_entropy
+from easylm_jax.step import GuardConfig, jit_train_step
+from easylm_jax.train_state import abstract_state, init_state
 from tests.models.attention_test import REFERENCE, draw, random_like, value_and_grads
-from tests.tiny import assert_close
+from tests.tiny import assert_close, tiny_batch, tiny_config
 
 SPLASH = AttentionConfig(implementation="splash", block_q=128, block_k=128)
 interpreted = functools.partial(splash, block_q=128, block_k=128, window=None, interpret=True)
@@ -139,6 +144,28 @@ def test_remat_keeps_what_the_backward_pass_reads(v5e, policy, forwards):
     program = compiled_for(v5e, "1,4,1,1", SPLASH, remat=policy)
     kernels = re.findall(r"%splash_mha_(\w+?)_\w+(?:\.\d+)? = .* custom-call\(", program)
     assert sorted(kernels) == ["dkv", "dq"] + ["fwd"] * forwards
+
+
+@pytest.mark.slow
+def test_the_training_step_of_a_model_compiles_for_v5e(v5e):
+    model = tiny_config(head_dim=64, attention=SPLASH, remat="attention_only", dtype="bfloat16")
+    optimizer = optax.sgd(0.1)
+    mesh = make_mesh("1,2,1,2", v5e)
+    with jax.set_mesh(mesh):
+        make = functools.partial(
+            init_state, functools.partial(init_params, model), optimizer, seed=0
+        )
+        state = abstract_state(make, mesh, PARAM_RULES)
+        step = jit_train_step(
+            shardings=jax.tree.map(lambda x: x.sharding, state),
+            objective=cross_entropy(make_forward(model)),
+            optimizer=optimizer,
+            num_micro_batches=2,
+            guard=GuardConfig(),
+        )
+        batch = jax.eval_shape(lambda: tiny_batch(rows=4, length=256))
+        program = step.lower(state, batch).compile().as_text()
+    assert len(re.findall(r"%splash_mha_fwd\S* = .* custom-call\(", program)) == 1
 
 
 def test_splash_off_a_tpu_is_refused():
