@@ -51,7 +51,7 @@ def test_splash_equals_the_reference_forward_and_backward(window):
 @pytest.mark.parametrize("window", [None, 40])
 def test_what_sees_nothing_is_exactly_zero(window):
     """Padding; a document without keys; with a window also queries whose near keys are gone."""
-    arrays, where = draw(3, 200, starts=0.02)
+    arrays, where = draw(18, 200, starts=0.02)
     rows = np.arange(200)
     gone = (where["q_segments"] == 2) | ((rows > 20) & (rows < 80))[None]
     where["k_segments"] = jnp.where(gone, -1, where["k_segments"])
