@@ -24,7 +24,7 @@ from easylm_jax.array_types import Hidden, Params, PRNGKey, Scalar, TokenFloats,
 from easylm_jax.batch import Batch
 from easylm_jax.dots import dot_f32, transposed_dot_f32
 from easylm_jax.mesh import AXES, BATCH_AXES
-from easylm_jax.sharding import BATCH_SPEC
+from easylm_jax.sharding import BATCH_SPEC, per_device
 
 Sums = dict[str, tuple[Scalar, Scalar]]
 Objective = Callable[[Params, Any, Batch, PRNGKey | None], Sums]
@@ -51,6 +51,7 @@ def cross_entropy(
     return objective
 
 
+@jax.named_scope("loss")  # as profiles call it
 def cross_entropy_sums(
     hidden_BTD: Hidden, head_DV: Head, targets: Tokens, weights: TokenFloats
 ) -> tuple[Scalar, Scalar]:
@@ -65,11 +66,10 @@ def cross_entropy_sums(
         return loss[0], correct[0]
     # Every device sums over its own tokens and its own slice of the vocabulary, and the gradient of
     # the head is added up over devices once, not per chunk.
-    loss, correct = jax.shard_map(
+    loss, correct = per_device(
         functools.partial(_sums, "tensor"),
         in_specs=(P(BATCH_AXES, "sequence", None), P(None, "tensor"), BATCH_SPEC, BATCH_SPEC),
         out_specs=(P(AXES), P(AXES)),
-        check_vma=False,
     )(hidden_BTD, head_DV, targets, weights)
     return loss.sum(), correct.sum()
 
@@ -81,11 +81,10 @@ def token_losses(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _token_losses(None, hidden_BTD, head_DV, targets)
-    return jax.shard_map(
+    return per_device(
         functools.partial(_token_losses, "tensor"),
         in_specs=(P(BATCH_AXES, "sequence", None), P(None, "tensor"), BATCH_SPEC),
         out_specs=(BATCH_SPEC, BATCH_SPEC),
-        check_vma=False,
     )(hidden_BTD, head_DV, targets)
 
 

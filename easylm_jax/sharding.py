@@ -5,8 +5,9 @@ whose expression is found in a path wins. The same rules serve the optimiser sta
 imported checkpoints, because their paths contain the parameter's path.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -112,4 +113,29 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """`x`, told to be split so over the mesh set by `jax.set_mesh`; unchanged where none is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*axes))
+    return jax.lax.with_sharding_constraint(x, _automatic(P(*axes)))
+
+
+def per_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+    """`jax.shard_map` over the whole mesh, also inside one over some of its axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    drop = functools.partial(jax.tree.map, _automatic, is_leaf=lambda x: isinstance(x, P))
+    return jax.shard_map(
+        function,
+        in_specs=drop(in_specs),
+        out_specs=drop(out_specs),
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )
+
+
+def _automatic(spec: P) -> P:
+    """`spec` without the axes that an enclosing shard_map has split already."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+
+    def left(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(axes, tuple):
+            return tuple(axis for axis in axes if axis not in taken)
+        return None if axes in taken else axes
+
+    return P(*map(left, spec))

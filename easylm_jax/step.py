@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from easylm_jax.array_types import Params, Scalar
 from easylm_jax.batch import Batch
@@ -110,21 +111,40 @@ def _summed_gradients(
     if num_micro_batches == 1:
         return one(batch, rng)
 
-    def add_one(carry, indexed):
-        index, micro = indexed
-        micro = jax.tree.map(lambda x: constrain(x, *BATCH_SPEC) if x.ndim == 2 else x, micro)
-        new = one(micro, jax.random.fold_in(rng, index))
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
+    def add_all(batch, rng):
+        def add_one(carry, indexed):
+            index, micro = indexed
+            micro = jax.tree.map(lambda x: constrain(x, *BATCH_SPEC) if x.ndim == 2 else x, micro)
+            new = one(micro, jax.random.fold_in(rng, index))
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
 
-    # Rows are dealt out in turn, so that each micro-batch takes an equal part of every device's.
-    micro_batches = jax.tree.map(
-        lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
-    )
-    indexed = (jnp.arange(num_micro_batches), micro_batches)
-    first = jax.tree.map(lambda x: x[0], indexed)
-    shapes = jax.eval_shape(lambda x: one(x[1], jax.random.fold_in(rng, x[0])), first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    return jax.lax.scan(add_one, zeros, indexed)[0]
+        # Rows are dealt out in turn, so that each micro-batch takes an equal part of every device's.
+        micro_batches = jax.tree.map(
+            lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        indexed = (jnp.arange(num_micro_batches), micro_batches)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro_batches), rng)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+        return jax.lax.scan(add_one, zeros, indexed)[0]
+
+    return _by_replica(add_all, batch, rng)
+
+
+def _by_replica(add_all: Callable, batch: Batch, rng: Array) -> tuple[Sums, Params]:
+    """The sum over replicas of `add_all(batch, rng)`, for which each takes its own rows.
+
+    So the network between replicas, often slow, is used once a step, not in every micro-batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["replica"] == 1:
+        return add_all(batch, rng)
+
+    def one_replica(batch, rng):
+        rng = jax.random.fold_in(rng, jax.lax.axis_index("replica"))
+        return jax.lax.psum(add_all(batch, rng), "replica")
+
+    specs = dict(in_specs=(P("replica"), P()), out_specs=P(), axis_names={"replica"})
+    return jax.shard_map(one_replica, **specs, check_vma=False)(batch, rng)
 
 
 def _judge(

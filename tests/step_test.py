@@ -16,6 +16,7 @@ from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import PARAM_RULES, make_forward
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer
+from easylm_jax.planner.collectives import collectives
 from easylm_jax.sharding import to_global, tree_shardings
 from easylm_jax.step import GuardConfig, train_step
 from easylm_jax.train_state import init_state
@@ -249,3 +250,18 @@ def test_the_key_differs_between_steps_and_micro_batches_and_repeats_with_the_se
 
     first = [*losses(0)]
     assert first == [*losses(0)] and len({*first, *losses(1)}) == 6
+
+
+def test_replicas_meet_once_a_step_and_not_in_every_micro_batch():
+    """Read off the compiled program: what crosses from replica to replica is outside all loops."""
+    mesh, optimizer = make_mesh("2,4,1,1"), gradient_recorder()
+    batch = to_global(jax.tree.map(np.asarray, uneven_batch()), mesh, 32)
+    with jax.set_mesh(mesh):
+        state = new_state(optimizer)
+        state = jax.device_put(state, tree_shardings(state, mesh, PARAM_RULES))
+        options = dict(objective=OBJECTIVE, optimizer=optimizer, guard=GuardConfig())
+        step = jax.jit(functools.partial(train_step, num_micro_batches=4, **options))
+        text = step.lower(state, batch).compile().as_text()
+    found = collectives(text, mesh.shape)
+    times = [{c.times for c in found if (axis in c.axes)} for axis in ("replica", "fsdp")]
+    assert times[0] == {1} and max(times[1]) >= 4, found

@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from easylm_jax.array_types import Keys, PRNGKey, Queries
 from easylm_jax.mesh import BATCH_AXES
+from easylm_jax.sharding import per_device
 
 
 def on_each_device(
@@ -61,11 +62,10 @@ def on_each_device(
     ids_q, ids_k = P(BATCH_AXES, split_ids_q), P(BATCH_AXES, split_ids_k)
     q_spec = P(BATCH_AXES, split, "tensor", None)
     k_spec = P(BATCH_AXES, split_k, "tensor", None)
-    return jax.shard_map(
+    return per_device(
         local,
         in_specs=(q_spec, k_spec, k_spec, ids_q, ids_k, ids_q, ids_k, P(), P()),
         out_specs=q_spec,
-        check_vma=False,
     )(q_BTNH, k_BSKH, v_BSKH, *ids, first_row, key)
 
 

@@ -33,6 +33,7 @@ from easylm_jax.batch import Batch
 from easylm_jax.mesh import BATCH_AXES
 from easylm_jax.models.attention import AttentionConfig, attention
 from easylm_jax.models.decoding import KVCache, read_cache, write_cache
+from easylm_jax.models.embedding import look_up
 from easylm_jax.models.linear import Linear, dot
 from easylm_jax.models.regularizers import dropout, forget_keys, noisy_embeddings
 from easylm_jax.models.remat import jax_policy, parse_policy, tag
@@ -191,9 +192,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: Tokens) -> Hidden:
         cfg = self.config
         init, shape = nn.initializers.normal(cfg.init_std), (cfg.vocab_size, cfg.d_model)
-        table_VD = self.param("embedding", init, shape, cfg.param_dtype).astype(cfg.dtype)
-        # Gathered over fsdp like every kernel; each tensor shard looks up its own vocabulary.
-        return jnp.take(constrain(table_VD, "tensor", None), tokens, axis=0)
+        return look_up(self.param("embedding", init, shape, cfg.param_dtype), tokens, cfg.dtype)
 
 
 class Attention(nn.Module):
