@@ -76,9 +76,12 @@ def find_processes(config: DistributedConfig) -> Processes:
             given[name] = text if name == "JAX_COORDINATOR_ADDRESS" else int(text)
     ids = [int(i) for i in os.environ.get("JAX_LOCAL_DEVICE_IDS", "").split(",") if i] or None
     if None in given.values():
-        *found, ids = ClusterEnv.auto_detect_unset_distributed_params(
-            *given.values(), ids, None, config.wait_seconds
-        )
+        try:
+            *found, ids = ClusterEnv.auto_detect_unset_distributed_params(
+                *given.values(), ids, None, config.wait_seconds
+            )
+        except RuntimeError as error:  # Kubernetes without rights, Open MPI 5 without mpi4py
+            raise ValueError(f"the launcher's settings cannot be read: {error}") from error
         given = dict(zip(given, found, strict=True))
     if missing := [name for name, value in given.items() if value is None]:
         raise ValueError(

@@ -35,7 +35,13 @@ def from_files(text: str) -> tuple[str, str]:
     return (f"--config.data.files=('{text}',)", f"--config.data.heldout_files=('{text}',)")
 
 
-def start(*arguments: str, devices: int = 1, cache: Path, **popen) -> subprocess.Popen:
+def start(
+    *arguments: str,
+    devices: int = 1,
+    cache: Path,
+    program: tuple[str, ...] = ("-m", "easylm_jax.train"),
+    **popen,
+) -> subprocess.Popen:
     """`cache` keeps compiled programs, so that only the first start is slow."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -44,7 +50,7 @@ def start(*arguments: str, devices: int = 1, cache: Path, **popen) -> subprocess
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "easylm_jax.train", *arguments]
+    command = [sys.executable, *program, *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=environment, **(pipes | popen))
 

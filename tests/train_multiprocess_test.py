@@ -1,7 +1,9 @@
-"""Two processes train as one with the same devices, and go on from one another's checkpoints."""
+"""Several processes train as one with the same devices, also when one is killed on the way."""
 
+import re
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,24 +29,34 @@ def data(folder) -> dict[str, tuple[str, ...]]:
     return {"files": command.from_files(text), "root": (f"--config.data.root={root}", *nothing)}
 
 
-def _one(folder: Path, workdir: Path, *arguments: str) -> None:
+def _one(folder: Path, workdir: Path, *arguments: str, devices: int = 2) -> str:
     settings = command.small(workdir, *arguments)
-    command.finish(command.start(*settings, devices=2, cache=folder / "compiled"))
+    return command.finish(command.start(*settings, devices=devices, cache=folder / "compiled"))[0]
 
 
-def _two(folder: Path, workdir: Path, *arguments: str, status: int = 0) -> list[tuple[str, str]]:
+def _start(
+    folder: Path, workdir: Path, *arguments: str, number: int, devices: int = 1, **by_process
+) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    join = ("initialize=True", f"coordinator_address={address}", "num_processes=2")
+    join = ("initialize=True", f"coordinator_address={address}", f"num_processes={number}")
     join = tuple(f"--config.distributed.{setting}" for setting in join)
-    processes = [
+    return [
         command.start(
             *command.small(workdir, *arguments, *join, f"--config.distributed.process_id={i}"),
             cache=folder / f"compiled_{i}",
+            devices=devices,
+            **by_process.get(f"process_{i}", {}),
         )
-        for i in range(2)
+        for i in range(number)
     ]
+
+
+def _two(
+    folder: Path, workdir: Path, *arguments: str, status: int = 0, devices: int = 1
+) -> list[tuple[str, str]]:
+    processes = _start(folder, workdir, *arguments, number=2, devices=devices)
     try:
         return [command.finish(process, status=status) for process in processes]
     finally:
@@ -103,3 +115,74 @@ def test_a_wrong_setting_ends_both(folder, data):
     shown = _two(folder, folder / "wrong", *data["files"], "--config.mesh=3,1,1,1", status=2)
     for _, err in shown:
         assert err.startswith("error: mesh '3,1,1,1' needs 3 devices, but there are 2"), err
+
+
+# Writes down which rows a process reads, and kills the victim before its seventh step.
+WATCHED = """
+import os, pathlib, runpy, time
+from easylm_jax.data.mixture import EpochRows
+from easylm_jax.data.prefetch import Prefetch
+
+index, victim, folder = {index}, {victim}, pathlib.Path({folder!r})
+read, take, steps = EpochRows.read, Prefetch.next, []
+
+def read_noted(self, number):
+    with open(folder / f"rows_{{index}}", "a") as file:
+        print(number, file=file)
+    return read(self, number)
+
+def take_or_die(self):
+    steps.append(self)
+    while index == victim and len(steps) == 7:
+        if (folder / "checkpoints/00000004").exists():  # written in the background
+            os.kill(os.getpid(), 9)
+        time.sleep(0.01)
+    return take(self)
+
+EpochRows.read, Prefetch.next = read_noted, take_or_die
+runpy.run_module("easylm_jax.train", run_name="__main__")
+"""
+
+
+def test_one_of_three_is_killed_and_the_run_goes_on_with_two_or_one(folder, data):
+    """The two have two devices each, the mesh is split within and across them."""
+    settings = (*data["root"], "--config.batch_size=12")
+    flat = (*settings, "--config.mesh=replica:2,fsdp:-1")
+    undisturbed, workdir, victim = folder / "undisturbed", folder / "killed", 1
+    _one(folder, undisturbed, *flat)
+    programs = {
+        f"process_{i}": {
+            "program": ("-c", WATCHED.format(index=i, victim=victim, folder=str(workdir)))
+        }
+        for i in range(3)
+    }
+    three = (*settings, "--config.mesh=replica:-1")
+    workdir.mkdir()
+    processes = _start(folder, workdir, *three, number=3, **programs)
+    try:
+        shown = [
+            command.finish(process, status=-9 if i == victim else 2)
+            for i, process in enumerate(processes)
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+    sentence = (
+        rf"error: process {victim} on host \S+ died near step [67]: start the same command .*"
+    )
+    for i in {0, 1, 2} - {victim}:
+        assert re.fullmatch(sentence, shown[i][1].strip()), shown[i][1]
+    for i in range(3):  # of each batch of 12 rows, the i-th third
+        numbers = [int(line) for line in (workdir / f"rows_{i}").read_text().split()]
+        assert len(numbers) >= 7 * 4 and {number % 12 // 4 for number in numbers} == {i}
+
+    other = workdir.parent / "killed_then_one"
+    shutil.copytree(workdir, other)
+    assert f"resuming after step {SAVED}" in _one(folder, other, *flat)
+    _assert_same(other, undisturbed)
+
+    hybrid = (*settings, "--config.mesh=fsdp:-1@replica:2")
+    out = _two(folder, workdir, *hybrid, devices=2)[0][0]
+    assert f"resuming after step {SAVED}" in out
+    assert "replica 2, fsdp 2, sequence 1, tensor 1" in out
+    _assert_same(workdir, undisturbed)
