@@ -67,7 +67,7 @@ def run(
     """
     device = jax.devices()[0]
     kernel = attention or KERNEL_OF_PLATFORM[device.platform]
-    config = _model_config(work, kernel)
+    config = model_config(work, kernel)
     tokens_per_step = work.batch * work.seq_len
     on_cpu = device.platform == "cpu"
     peak = matmul_peak(config, tokens_per_step // work.micro_batches) if on_cpu else None
@@ -102,7 +102,7 @@ def run(
             with jax.profiler.trace(profile):
                 jax.block_until_ready(compiled(state, data))
     step_s, cpu_s = statistics.median(wall[1:]), statistics.median(cpu[1:])
-    flops = tokens_per_step * _causal_flops(config, work.seq_len)
+    flops = tokens_per_step * causal_flops(config, work.seq_len)
     result = dataclasses.asdict(work) | {
         "layers": config.num_layers,
         "mesh": mesh,
@@ -130,7 +130,7 @@ def run(
     return result
 
 
-def _model_config(work: Work, kernel: str) -> LlamaConfig:
+def model_config(work: Work, kernel: str) -> LlamaConfig:
     config = preset(work.model, dtype=work.dtype, remat=work.remat, max_seq_len=work.seq_len)
     blocks = {"block_q": 512, "block_k": 512} if kernel == "splash" else {}
     return dataclasses.replace(
@@ -150,7 +150,7 @@ def _random_batch(work: Work, vocab_size: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
 
 
-def _causal_flops(config: LlamaConfig, seq_len: int) -> float:
+def causal_flops(config: LlamaConfig, seq_len: int) -> float:
     """Per token, forward and backward."""
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
     return flops_per_token(**{n: getattr(config, n) for n in names}, seq_len=seq_len)["causal"]

@@ -1,7 +1,9 @@
 """The benchmark's bookkeeping: what is run, what is counted, how a profile is divided."""
 
+import importlib.util
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,3 +124,18 @@ def test_the_command_changes_what_it_is_told_to_and_nothing_else(monkeypatch, ca
     assert seen == dict(mesh="1,-1,1,1", steps=5, attention="blockwise", profile=None)
     assert '"work": "7b"' in capsys.readouterr().out
     assert WORKS["7b"].batch == 4
+
+
+@pytest.mark.torch
+def test_the_peer_in_torch_does_the_same_work():
+    pytest.importorskip("transformers")
+    path = Path(__file__).parents[1] / "experiments" / "cpu_speed" / "torch_step.py"
+    spec = importlib.util.spec_from_file_location("torch_step", path)
+    peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    work = Work("debug", batch=4, seq_len=32, dtype="float32", layers=1)
+    found = peer.run(work, steps=1, compiled=False, attention="sdpa", checkpointing=False)
+    assert found["params"] == num_params(preset("debug", num_layers=1))
+    assert found["loss_first"] == pytest.approx(math.log(512), rel=0.05)
+    assert found["loss_last"] < found["loss_first"]
+    assert 0 < found["share_of_matmul_peak"] < 1
