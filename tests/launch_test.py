@@ -110,6 +110,8 @@ def world(tmp_path, monkeypatch):
         return made[0]
 
     monkeypatch.setattr(launch, "POLL_S", 0.01)
+    version = {"commit": "0a1b2c3", "dirty": False}  # the checkout's may change meanwhile
+    monkeypatch.setattr(launch, "code_version", lambda: version)
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
     monkeypatch.setenv("PATH", f"{FAKE}:{os.environ['PATH']}")
     yield make
@@ -160,6 +162,7 @@ def test_from_creation_to_the_end(world, capfd):
     assert "`LAUNCH logs --worker=1`" in str(caught.value)
     pod.logs("1")
     assert "[1] going on from step 0" in (text := said()) and "[0] going" not in text
+    assert re.search(r"\[1\] \[20\S+Z \S+ commit 0a1b2c3 dirty False\]\n", text)
     with pytest.raises(ValueError, match="on 1 of 2 workers only: `LAUNCH resume`"):
         pod.start()
 
