@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from easylm_jax.config import as_config_dict, from_config_dict
 from easylm_jax.data.readers import find_reader
+from easylm_jax.launch import Pod
 from easylm_jax.models.presets import PRESETS
 from easylm_jax.optim import make_schedule, parse_duration
 from easylm_jax.prepare import PrepareConfig
@@ -103,6 +104,7 @@ ARGUMENTS = {
     "lima": ["7b", "13b", "33b", "65b"],
     "llama2_sft": ["7b", "13b", "70b"],
     "gpt4all": ["7b"],
+    "llama_pod": ["7b_v5e_256", "65b_v5p_2048", "llama2_7b_64k_v5p_256"],
     "orca": ["chatgpt", "gpt4"],
     "baize_lora": ["7b", "13b", "33b"],
     "guanaco_qlora": ["7b", "13b", "33b", "65b"],
@@ -128,12 +130,14 @@ def test_every_config_builds_and_becomes_its_dataclass(case):
     path = CONFIGS / name
     module = load(path)
     config = module.get_config(*args)
-    schema = TrainConfig
+    schema, command = TrainConfig, "train"
     if path.parent.name == "data":
-        schema = ChatPrepareConfig if "datasets" in config else PrepareConfig
+        schema, command = ChatPrepareConfig if "datasets" in config else PrepareConfig, "prepare"
+    if path.parent.name == "launch":
+        schema, command = Pod, "launch"
     section = from_config_dict(schema, config)
     assert as_config_dict(section).to_dict() == config.to_dict()
-    command = f"python -m easylm_jax.{'train' if schema is TrainConfig else 'prepare'}"
+    command = f"python -m easylm_jax.{command}"
     for word in (command, "Purpose:", "Hardware:", str(path.relative_to(CONFIGS.parent))):
         assert word in module.__doc__
     if schema is TrainConfig:
@@ -145,7 +149,7 @@ def test_every_config_builds_and_becomes_its_dataclass(case):
         assert section.batch_size % section.micro_batches == 0
 
 
-RECIPES = sorted(ARGUMENTS.keys() - {"llama_pretrain"})
+RECIPES = sorted(ARGUMENTS.keys() - {"llama_pretrain", "llama_pod"})
 
 
 @pytest.mark.parametrize("name", RECIPES)
