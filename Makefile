@@ -21,7 +21,7 @@ ifeq ($(wildcard /dev/accel0 /dev/vfio/0 /dev/nvidia0 /dev/kfd),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: help quickstart smollm2 test fast lint golden clean
+.PHONY: help quickstart smollm2 test fast lint plans golden clean
 
 help:
 	@echo "make quickstart   install, pretrain a small LLaMA on shipped text, fine-tune it on marked answers; writes $(RUN)/ and $(CHAT_RUN)/report.html"
@@ -29,6 +29,7 @@ help:
 	@echo "make test         install what tests need and run all of them"
 	@echo "make fast         only the fast tests"
 	@echo "make lint         ruff"
+	@echo "make plans        compile every pod config for its TPU slice, without one, and hold it to experiments/pod_plans"
 
 $(VENV)/quickstart.done: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +70,9 @@ fast: $(VENV)/test.done
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+plans: $(VENV)/test.done
+	$(BIN)/python experiments/pod_plans/run.py
 
 golden: $(VENV)/test.done
 	EASYLM_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/sharding_test.py

@@ -35,12 +35,12 @@ class Pod(NamedTuple):
 
 
 PODS = {
-    "7b_v5e_256": Pod("7b", "v5e:16x16", "1,256,1,1", PROJECTIONS, 4),
-    "13b_v6e_256": Pod("13b", "v6e:16x16", "1,256,1,1", PROJECTIONS, 4),
-    "33b_v5p_512": Pod("33b", "v5p:8x8x8", "2,256,1,1", LINEAR, 2),
+    "7b_v5e_256": Pod("7b", "v5e:16x16", "1,256,1,1", LINEAR, 8),
+    "13b_v6e_256": Pod("13b", "v6e:16x16", "1,256,1,1", LINEAR, 4),
+    "33b_v5p_512": Pod("33b", "v5p:8x8x8", "8,64,1,1", LINEAR, 2),
     "65b_v5p_2048": Pod("65b", "v5p:8x16x16", "8,256,1,1", LINEAR, 1),
     "65b_v4_2048": Pod("65b", "v4:8x16x16", "8,256,1,1", PROJECTIONS, 1),
-    "llama2_70b_v5p_1024": Pod("llama2_70b", "v5p:8x8x16", "4,256,1,1", LINEAR, 1, 4096),
+    "llama2_70b_v5p_1024": Pod("llama2_70b", "v5p:8x8x16", "8,128,1,1", LINEAR, 1, 4096),
     "llama2_7b_64k_v5p_256": Pod("llama2_7b", "v5p:4x8x8", "1,32,8,1", LINEAR, 2, 65_536, RING),
 }
 # Rotary base for rows longer than the model was made for: Code Llama's (arXiv:2308.12950, 2.4),

@@ -28,16 +28,12 @@ from easylm_jax.mesh import parse_mesh
 from easylm_jax.models.llama import LlamaConfig, num_params
 from easylm_jax.models.presets import PRESETS, preset
 from easylm_jax.models.remat import POLICIES, parse_policy
-from easylm_jax.planner import remat
+from easylm_jax.planner import memory, remat, roofline
 from easylm_jax.planner.case import Case
 from easylm_jax.planner.compiled import Compiled, compile_step
+from easylm_jax.planner.search import RESERVE, candidates, search, what_would_fit
 from easylm_jax.planner.topology import Topology, parse_topology
 from easylm_jax.train import TrainConfig
-
-try:
-    from easylm_jax.planner import memory, roofline, search
-except ImportError:
-    memory = roofline = search = None
 
 GIB = 2**30
 
@@ -48,8 +44,8 @@ class Plan:
 
     case: Case
     topology: Topology
-    parts: Any
-    estimate: Any  # None: nothing is known of the chip's speed
+    parts: memory.Parts
+    estimate: roofline.Estimate | None  # None: nothing is known of the chip's speed
     compiled: Compiled | None
 
     @property
@@ -71,9 +67,28 @@ def make_plan(case: Case, topology: Topology, *, compiles: bool = True) -> Plan:
     """
     sizes = parse_mesh(case.mesh, topology.num_chips)
     compiled = compile_step(case, topology) if compiles else None
-    speed = roofline.roofline(case, topology) if roofline and topology.chip.peak_flops else None
-    parts = memory.estimate(case, sizes) if memory else None
-    return Plan(case, topology, parts, speed, compiled)
+    speed = roofline.roofline(case, topology) if topology.chip.peak_flops else None
+    return Plan(case, topology, memory.estimate(case, sizes), speed, compiled)
+
+
+def find(case: Case, topology: Topology, *, compiles: bool = True, keep: int = 3) -> list[Plan]:
+    """The `keep` fastest ways to run the case that fit, compiled or, if not asked, by estimate.
+
+    Raises:
+      ValueError: nothing is known of the chip's speed.
+    """
+    if not topology.chip.peak_flops:
+        raise ValueError(
+            f"--search compares speeds, and nothing is known of that of {topology}; name the chip "
+            "that you will use, such as --topology=v5e:4x4 or --topology=h100:8"
+        )
+    if compiles:
+        found = search(case, topology, compile=compile_step, keep=keep)
+    else:
+        room = (1 - RESERVE) * topology.chip.hbm_bytes
+        fitting = [c for c in candidates(case, topology) if c.parts.total <= room]
+        found = sorted(fitting, key=lambda c: c.estimate.step_s)[:keep]
+    return [Plan(c.case, topology, c.parts, c.estimate, c.compiled) for c in found]
 
 
 def case_of(cfg: TrainConfig) -> Case:
@@ -124,7 +139,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "peak_bytes_per_chip": round(plan.peak_bytes),
         "hbm_bytes_per_chip": round(topology.chip.hbm_bytes),
-        "parts": dataclasses.asdict(plan.parts) if plan.parts else None,
+        "parts": {name: round(size) for name, size in dataclasses.asdict(plan.parts).items()},
         "flops_per_step": estimate.flops_per_step if estimate else None,
         "est_step_s": estimate.step_s if estimate else None,
         "est_tokens_per_s_per_chip": estimate.tokens_per_s_per_chip if estimate else None,
@@ -164,26 +179,23 @@ def as_text(plan: Plan) -> str:
 
 def _memory_text(plan: Plan) -> str:
     rows = [["memory per chip, GiB", "estimated", "compiled"]]
-    if plan.parts:
-        parts = dataclasses.asdict(plan.parts)
-        rows += [[k.replace("_", " "), _gib(v), ""] for k, v in parts.items() if v]
+    parts = dataclasses.asdict(plan.parts)
+    rows += [[name.replace("_", " "), _gib(size), ""] for name, size in parts.items()]
+    peak = ["peak", _gib(plan.parts.total), ""]
     if c := plan.compiled:
-        total = ["peak", _gib(plan.parts.total) if plan.parts else "", _gib(c.peak_bytes)]
-        rows += [["arguments (state and batch)", "", _gib(c.arguments)]]
+        rows.append(["arguments (state and batch)", "", _gib(c.arguments)])
         if not c.ran_out_of_memory:
-            rows += [["outputs in new memory", "", _gib(c.outputs - c.aliased)]]
             rows += [
+                ["outputs in new memory", "", _gib(c.outputs - c.aliased)],
                 ["temporaries", "", _gib(c.temporaries)],
+                ["program", "", _gib(c.program_bytes)],
                 ["on the host", "", _gib(c.host_bytes)],
             ]
-        rows += [total]
-    limit = plan.topology.chip.hbm_bytes
-    spare = limit - plan.peak_bytes
-    by = "estimated" if not plan.compiled else "compiled"
-    verdict = f"fits ({by}): {_gib(spare)} of {_gib(limit)} GiB to spare, {spare / limit:.0%}"
-    if not plan.fits:
-        verdict = f"does not fit ({by}): needs {_gib(plan.peak_bytes)} of {_gib(limit)} GiB"
-    return "\n".join([*_table(rows), verdict])
+        peak[2] = _gib(c.peak_bytes)
+    limit, by = plan.topology.chip.hbm_bytes, "compiled" if plan.compiled else "estimated"
+    need = f"{_gib(plan.peak_bytes)} of {_gib(limit)} GiB ({by})"
+    verdict = f"fits: {need}, {1 - plan.peak_bytes / limit:.0%} to spare"
+    return "\n".join([*_table([*rows, peak]), verdict if plan.fits else f"does not fit: {need}"])
 
 
 def _collectives_text(compiled: Compiled) -> str:
@@ -207,6 +219,23 @@ def _speed_text(plan: Plan) -> str:
             *(f"- {assumption}" for assumption in e.assumptions),
         ]
     )
+
+
+def _candidates_text(plans: Sequence[Plan]) -> str:
+    rows = [["the fastest that fit", "s/step", "tokens/s/chip", "MFU", "GiB", "compiled"]]
+    for plan in plans:
+        case, e = plan.case, plan.estimate
+        name = f"mesh {case.mesh} remat {case.model.remat} micro_batches {case.micro_batches}"
+        peak = _gib(plan.compiled.peak_bytes) if plan.compiled else ""
+        speed = [f"{e.step_s:.2f}", f"{e.tokens_per_s_per_chip:,.0f}", f"{e.mfu:.1%}"]
+        rows.append([name, *speed, _gib(plan.parts.total), peak])
+    settings = plans[0].case
+    best = (
+        f"--config.mesh={settings.mesh} --config.model.remat={settings.model.remat} "
+        f"--config.micro_batches={settings.micro_batches}"
+    )
+    notes = [f"- {assumption}" for assumption in plans[0].estimate.assumptions]
+    return "\n".join([*_table(rows), "speeds are estimated, not measured:", *notes, best])
 
 
 def _gib(num_bytes: float) -> str:
@@ -234,8 +263,34 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     if topology.chip.name == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.num_chips)
-    plan = make_plan(case, topology, compiles=not flags.FLAGS.no_compile)
-    print(json.dumps(as_json(plan)) if flags.FLAGS.json else as_text(plan))
+    show(
+        case,
+        topology,
+        searches=flags.FLAGS.search,
+        compiles=not flags.FLAGS.no_compile,
+        as_one_line=flags.FLAGS.json,
+    )
+
+
+def show(
+    case: Case, topology: Topology, *, searches: bool, compiles: bool, as_one_line: bool
+) -> None:
+    """Print the plan, or the best that the search finds.
+
+    Raises:
+      ValueError: the case does not fit, or nothing does: says what would.
+    """
+    if searches:
+        plans = find(case, topology, compiles=compiles)
+        if not plans:
+            raise ValueError(what_would_fit(case, topology))
+        best = as_json(plans[0]) | {"candidates": [as_json(plan) for plan in plans]}
+        print(json.dumps(best) if as_one_line else _candidates_text(plans))
+        return
+    plan = make_plan(case, topology, compiles=compiles)
+    print(json.dumps(as_json(plan)) if as_one_line else as_text(plan), flush=True)
+    if not plan.fits and topology.chip.peak_flops:
+        raise ValueError(what_would_fit(case, topology))
 
 
 def remat_main(arguments: Sequence[str]) -> None:

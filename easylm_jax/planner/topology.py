@@ -15,6 +15,7 @@ import math
 import os
 
 import jax
+import psutil
 from jax.experimental import topologies
 
 from easylm_jax.chips import CHIPS, Chip
@@ -103,7 +104,11 @@ def parse_topology(name: str) -> Topology:
         near = sorted(shapes, key=lambda s: _distance(s, shape))[:3]
         listed = ", ".join(f"{family}:{'x'.join(map(str, s))}" for s in near)
         raise ValueError(f"there is no TPU slice {family}:{size}; nearest to it: {listed}")
-    return Topology(CHIPS[family], shape, num_slices)
+    chip = CHIPS[family]
+    if family == "cpu":  # its devices share the memory of this machine
+        total = psutil.virtual_memory().total
+        chip = dataclasses.replace(chip, hbm_bytes=total / (num_slices * shape[0]))
+    return Topology(chip, shape, num_slices)
 
 
 def _distance(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[float, float]:

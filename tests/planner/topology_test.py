@@ -32,6 +32,7 @@ def test_names(name, chip, num_chips):
     "name, words",
     [
         ("v5p:16x16x8", "there is no TPU slice v5p:16x16x8; nearest to it: v5p:8x16x16"),
+        ("v5p:16x8x4", "nearest to it: v5p:4x8x16, v5p:8x8x8"),
         ("v5e:16x32", "nearest to it: v5e:16x16, v5e:8x16"),
         ("v5e:3x3", "nearest to it: v5e:2x4"),
         ("v5p:256", "nearest to it: v5p:4x8x8"),
