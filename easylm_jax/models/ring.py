@@ -28,7 +28,8 @@ class _Ring(NamedTuple):
     """The static facts of one call."""
 
     axis: str
-    half: int  # rows in a half
+    part: int  # rows of a device
+    half: int  # of these, rounded up
     tiles: Any
 
 
@@ -51,35 +52,27 @@ def ring(
     """Attention over the whole rows, of which each argument is this device's part along `axis`.
 
     `key` shall differ between devices.
-
-    Raises:
-      ValueError: the part of a device does not cut into halves.
     """
     B, T, N, _ = q_BTNH.shape
-    K, P = k_BSKH.shape[2], lax.axis_size(axis)
-    if T % 2:
-        raise ValueError(
-            f"ring attention cuts what each device holds of a row in two, but {T * P} tokens over "
-            f"mesh axis {axis} = {P} are {T} each; use rows of a multiple of {2 * P} tokens"
-        )
-    half = T // 2
+    K, half = k_BSKH.shape[2], (T + 1) // 2
     rate = 0.0 if key is None else dropout
     tiles = tile.choose_tiles(half, half, block_q, block_k, window, rate)
 
     def halves_as_rows(x):  # [B, T, ...] to [2 * B, T / 2, ...]: no tile may span two halves
-        return x.reshape(2 * B, half, *x.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, T % 2)] + [(0, 0)] * (x.ndim - 2))  # 0 is padding for ids
+        return _to_zigzag(x, axis).reshape(2 * B, half, *x.shape[2:])
 
     def joined(tiles_of_halves):
         return tiles_of_halves.reshape(B, -1, *tiles_of_halves.shape[2:])
 
     ids = jnp.stack([q_segments, k_segments, q_positions, k_positions], axis=-1)
-    q, k, v, ids = (halves_as_rows(_to_zigzag(x, axis)) for x in (q_BTNH, k_BSKH, v_BSKH, ids))
+    q, k, v, ids = (halves_as_rows(x) for x in (q_BTNH, k_BSKH, v_BSKH, ids))
     q, k, v = tile.query_tiles(tiles, q, K), tile.key_tiles(tiles, k), tile.key_tiles(tiles, v)
     ids = tile.id_tiles(tiles, *jnp.unstack(ids, axis=-1))
     arrays = jax.tree.map(joined, (q, k, v, ids))
-    out = _attend(_Ring(axis, half, tiles), *arrays, key)
+    out = _attend(_Ring(axis, T, half, tiles), *arrays, key)
     out = tile.from_query_tiles(tiles, out.reshape(2 * B, -1, *out.shape[2:]), N)
-    return _from_zigzag(out[:, :half].reshape(q_BTNH.shape), axis)
+    return _from_zigzag(out[:, :half].reshape(B, 2 * half, *out.shape[2:]), axis)[:, :T]
 
 
 # ---- who holds what ----------------------------------------------------------------------------
@@ -119,7 +112,8 @@ def _from_zigzag(x: Array, axis: str) -> Array:
 def _first_rows(ring: _Ring, device: Array, size: int, count: int) -> Array:
     """The rows of the whole row at which the `count` tiles of a device begin."""
     halves = jnp.stack([device, 2 * lax.axis_size(ring.axis) - 1 - device])
-    return (halves[:, None] * ring.half + jnp.arange(count // 2)[None] * size).ravel()
+    first = halves // 2 * ring.part + halves % 2 * ring.half
+    return (first[:, None] + jnp.arange(count // 2)[None] * size).ravel()
 
 
 # ---- the turns ---------------------------------------------------------------------------------

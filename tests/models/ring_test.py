@@ -16,7 +16,7 @@ from easylm_jax.mesh import make_mesh
 from easylm_jax.models import blockwise as tile
 from easylm_jax.models.attention import AttentionConfig, attention
 from easylm_jax.models.attention_mask import visible
-from easylm_jax.models.llama import PARAM_RULES, make_forward
+from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward
 from easylm_jax.models.ring import ring
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.sharding import to_global, tree_shardings
@@ -83,12 +83,12 @@ def flat(tree):
 
 
 @pytest.mark.parametrize(
-    "P, half, window",
-    [(1, 21, 5), (2, 32, None), (3, 12, 20), (4, 9, 3), (8, 8, 50)],
+    "P, part, window",
+    [(1, 42, 5), (2, 64, None), (3, 25, 20), (4, 17, 3), (8, 1, None), (8, 17, 50)],
 )
-def test_equals_the_definition_on_one_device_forward_and_backward(P, half, window):
-    """Halves of whole tiles, of parts of one, and windows shorter and longer than a half."""
-    arrays, ids = draw(P + half, 2 * P * half)
+def test_equals_the_definition_on_one_device_forward_and_backward(P, part, window):
+    """Whole tiles, odd parts, single tokens; windows shorter and longer than a part."""
+    arrays, ids = draw(P + part, P * part)
     d_out = random_like(arrays[0])
     out, grads = value_and_grads(on_devices(P, window=window), arrays, ids, d_out)
     expected = functools.partial(reference, window=window)
@@ -161,13 +161,7 @@ def test_memory_of_a_device_falls_with_the_number_of_devices():
         return sum(getattr(memory, f"{size}_size_in_bytes") for size in sizes)
 
     one, two, eight = map(bytes_per_device, (1, 2, 8))
-    assert 1 <= 4 * eight / two < 1.1 and 8 * eight / one < 1.4
-
-
-def test_rows_that_do_not_cut_into_halves_are_one_sentence():
-    arrays, ids = draw(3, 12, B=1)[0], one_document(12)
-    with pytest.raises(ValueError, match=r"12 tokens over mesh axis sequence = 4 are 3 each; use"):
-        on_devices(4)(arrays, ids)
+    assert 0.9 <= 4 * eight / two < 1.05 and 8 * eight / one < 1.4
 
 
 def test_dropout_equals_a_dense_computation_with_the_same_mask():
@@ -212,6 +206,7 @@ def train_one_step(spec: str, num_devices: int, **options):
     objective = cross_entropy(make_forward(model))
     fixed = dict(optimizer=optimizer, num_micro_batches=1, guard=GuardConfig())
     with jax.set_mesh(mesh):
+        jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))  # can start
         state = init_state(lambda key: tiny_params(), optimizer, 0)
         state = jax.device_put(state, tree_shardings(state, mesh, PARAM_RULES))
         step = functools.partial(train_step, objective=objective, **fixed)
