@@ -35,6 +35,7 @@ from easylm_jax.data.finetuning import ChatConfig
 from easylm_jax.formats.foreign import Foreign, abstract_params, import_params
 from easylm_jax.language_model import LanguageModel
 from easylm_jax.mesh import BATCH_AXES, check_divides, make_mesh
+from easylm_jax.models.attention import AttentionConfig
 from easylm_jax.models.decoding import unstack_layers
 from easylm_jax.models.llama import PARAM_RULES, FloatName, LlamaConfig
 from easylm_jax.models.lora import LoraConfig, init_adapters, merge
@@ -101,7 +102,11 @@ def load(
     if dtype not in typing.get_args(FloatName):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(typing.get_args(FloatName))}")
     opened = with_tokenizer(open_model(path, model=model), tokenizer)
-    config = dataclasses.replace(opened.config, dtype=dtype, param_dtype=dtype, remat="none")
+    # The kernel it was trained with need not be one of this machine.
+    attention = AttentionConfig(sliding_window=opened.config.attention.sliding_window)
+    config = dataclasses.replace(
+        opened.config, dtype=dtype, param_dtype=dtype, remat="none", attention=attention
+    )
     mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "1,-1,1,1")
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     check_divides(mesh, rows=ways, seq_len=mesh.shape["sequence"], num_kv_heads=config.num_kv_heads)

@@ -20,7 +20,8 @@ FREE_TO_CHANGE = (
     *("data.root", "tokenizer"),
     *("eval", "checkpoint", "mesh", "distributed", "log_every", "peak_flops", "profile"),
     *("duration", "guard", "early_stop", "micro_batches", "model.remat", "model.layer_unroll"),
-    *("model.attention.implementation", "model.attention.block_q", "model.attention.block_k"),
+    *("model.attention.implementation", "model.attention.across_sequence"),
+    *("model.attention.block_q", "model.attention.block_k"),
 )
 
 # The fields of LlamaConfig that say what function the parameters compute; the others say how.

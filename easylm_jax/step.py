@@ -118,7 +118,7 @@ def _summed_gradients(
             new = one(micro, jax.random.fold_in(rng, index))
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
 
-        # Rows are dealt out in turn, so that each micro-batch takes an equal part of every device's.
+        # Rows are dealt out in turn: each micro-batch takes an equal part of every device's.
         micro_batches = jax.tree.map(
             lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
         )

@@ -37,6 +37,7 @@ from easylm_jax.loading import (
     training_template,
 )
 from easylm_jax.mesh import make_mesh
+from easylm_jax.models.attention import AttentionConfig
 from easylm_jax.models.llama import PARAM_RULES, Llama, RopeScaling, init_params, output_logits
 from easylm_jax.models.lora import LoraConfig, init_adapters
 from easylm_jax.models.presets import PRESETS
@@ -370,6 +371,21 @@ def test_load_gives_the_logits_of_the_model(dtype, tmp_path):
     expected = np.asarray(output_logits(model.params, hidden))[0]
     got = np.asarray(lm.logits(ids[0].tolist())).reshape(expected.shape)
     np.testing.assert_allclose(got, expected, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+def test_a_model_trained_with_a_kernel_of_a_tpu_answers_on_this_machine(tmp_path):
+    """The window is part of the model, the kernel is not."""
+    there = AttentionConfig(implementation="splash", block_q=512, block_k=512, sliding_window=4)
+    params = random_model().params
+    run = Model(dataclasses.replace(CONFIG, attention=there), params, ByteTokenizer())
+    write_native(run, str(tmp_path / "run"))
+    here = dataclasses.replace(CONFIG, attention=AttentionConfig(sliding_window=4))
+    ids = jnp.asarray(np.random.default_rng(0).integers(3, 264, (1, 12)))
+    places = jnp.ones((1, 12), jnp.int32), jnp.arange(12)[None]
+    hidden, _ = Llama(here).apply({"params": params}, ids, *places)
+    got = np.asarray(load(str(tmp_path / "run")).logits(ids[0].tolist()))
+    expected = np.asarray(output_logits(params, hidden))
+    np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=1e-5)
 
 
 def test_the_template_a_run_was_trained_with_comes_before_that_of_its_tokenizer(tmp_path):

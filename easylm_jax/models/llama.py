@@ -32,6 +32,7 @@ from easylm_jax.array_types import Hidden, Logits, Params, PRNGKey, Tokens
 from easylm_jax.batch import Batch
 from easylm_jax.mesh import BATCH_AXES
 from easylm_jax.models.attention import AttentionConfig, attention
+from easylm_jax.models.attention_choice import check_forgetting
 from easylm_jax.models.decoding import KVCache, read_cache, write_cache
 from easylm_jax.models.embedding import look_up
 from easylm_jax.models.linear import Linear, dot
@@ -95,6 +96,7 @@ class LlamaConfig:
                 f"{self.num_kv_heads}; every group of query heads shares one key/value head"
             )
         parse_policy(self.remat)
+        check_forgetting(self.attention, self.fcm_max_ratio)
 
     @property
     def has_dropout(self) -> bool:
@@ -375,6 +377,7 @@ def output_logits(params: Params, hidden_BTD: Hidden) -> Logits:
 
 def init_params(config: LlamaConfig, key: PRNGKey) -> Params:
     """Fresh parameters: normal(0, init_std) throughout, residual outputs scaled, norms at 1."""
+    config = dataclasses.replace(config, attention=AttentionConfig())  # owns none of them
     mesh = jax.sharding.get_abstract_mesh()
     size = 1 if mesh.empty else mesh.size  # any batch that the mesh divides; only shapes matter
     ids = jnp.ones((size, size), jnp.int32)
