@@ -27,6 +27,10 @@ from easylm_jax.planner.case import Case
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 IDS_PER_TOKEN = 5  # arrays of a Batch, 4 bytes each
 
+# The sum that the TPU compiler holds against its limit exceeds what is alive at once. Nothing in
+# the shapes says why; in six programs of 7B and 65B it was 2.5 to 3.3 float32 gradients of the
+# head, in a seventh 4.6. It is less where memory is short. experiments/plan_accuracy has the table.
+FRAGMENTS = 2.75
 # Up to so many ways the compiler turns "gather, then multiply" into a ring of partial products,
 # and holds fewer whole gradients of kernels at once (see `_layer_gradients`).
 WINDOWED_WAYS = 16
@@ -44,6 +48,7 @@ class Parts:
     loss: float = 0.0  # a chunk of logits, the head and its gradient, whole over fsdp
     gathered_parameters: float = 0.0  # of a layer, and the own share in the compute type
     temporaries: float = 0.0  # of one layer's backward pass
+    fragmentation: float = 0.0  # of what the compiler asks for, beyond what is alive at once
     activations_on_host: float = 0.0
 
     @property
@@ -95,13 +100,13 @@ def saved_per_token(model: LlamaConfig, tensor: int = 1) -> tuple[float, float]:
     widths["attention_out"] = q_width
     num_bytes = {name: size * width / tensor for name, width in widths.items()}
     num_bytes |= {"o": size * D, "attention_lse": 4 * model.num_heads / tensor}
-    layer_input = size * D
+    layer_input = float(size * D)
     if (actions := parse_policy(model.remat)) is None:
         # Autodiff keeps what it reads: normed inputs, rotated q and k, silu and its product too.
         more = 2 * D + (q_width + kv_width + 2 * model.d_ff) / tensor
         return layer_input + sum(num_bytes.values()) + size * more, 0.0
     kept, on_host = (
-        sum(num for name, num in num_bytes.items() if actions[name] == action)
+        sum((num for name, num in num_bytes.items() if actions[name] == action), 0.0)
         for action in ("keep", "offload")
     )
     return layer_input + kept, on_host
@@ -129,6 +134,7 @@ def moments(case: Case, sizes: Mapping[str, int]) -> dict[str, Parts]:
     # Micro-batches are added up in float32, beside the gradient of the present one.
     added_up = 4 * all_weights.total / ways if case.micro_batches > 1 else 0.0
     base = Parts(
+        fragmentation=FRAGMENTS * 4 * table if fsdp > 1 else 0.0,
         parameters=master * all_weights.total / ways,
         optimiser=bytes_per_parameter(case.optim) * all_weights.total / ways,
         batch=4 * IDS_PER_TOKEN * tokens,

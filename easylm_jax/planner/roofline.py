@@ -29,8 +29,8 @@ from easylm_jax.planner.topology import Topology
 # Share of the bf16 peak that the products of a whole step reach, all that is not modelled included,
 # and the run that it was fitted to (see experiments/plan_accuracy).
 EFFICIENCY: dict[str, tuple[float, str]] = {
-    "v4": (0.62, "MaxText's synthetic 52B, v4-384, times 0.83"),
-    "v5e": (0.68, "MaxText's synthetic 16B, v5e-256, times 0.83"),
+    "v4": (0.734, "MaxText's synthetic 22B, v4-128"),
+    "v5e": (0.795, "MaxText's synthetic 16B, v5e-256"),
     "v5p": (0.80, "MaxText Llama2-70B, v5p-512"),
     "v6e": (0.59, "MaxText Llama3.1-70B, v6e-256"),
     "a100": (0.556, "IBM fms-fsdp 7B, 128 A100"),
@@ -38,6 +38,7 @@ EFFICIENCY: dict[str, tuple[float, str]] = {
 }
 DEFAULT_EFFICIENCY = (0.55, "no run of this chip: the middle of the others")
 LIKE = {"h200": "h100"}  # the same compute
+HOST_BANDWIDTH = 16e9  # bytes/s of one chip to its host's memory and back: PCIe, an assumption
 ATTENTION_SLOWER = 2.0  # times as long per FLOP as other products: softmax between them, diagonals
 GPUS_PER_NODE = 8
 WRAPS_FROM = {2: 16, 3: 4}  # a torus dim is closed to a ring from so many chips, by its dims
@@ -97,7 +98,8 @@ def roofline(case: Case, topology: Topology) -> Estimate:
         seconds["ici"] += ici_s
         seconds["dcn"] += dcn_s
         seconds["hidden" if traffic.hidden else "exposed"] += ici_s + dcn_s
-    step_s = max(compute_s, memory_s, seconds["hidden"]) + update_s + seconds["exposed"]
+    host_s = _host_bytes(case, sizes) / HOST_BANDWIDTH
+    step_s = max(compute_s, memory_s, host_s, seconds["hidden"]) + update_s + seconds["exposed"]
     return Estimate(
         flops_per_step=flops,
         hardware_flops=hardware,
@@ -109,11 +111,11 @@ def roofline(case: Case, topology: Topology) -> Estimate:
         tokens_per_s_per_chip=case.tokens_per_step / step_s / topology.num_chips,
         mfu=flops / (step_s * chip.peak_flops * topology.num_chips),
         assumptions=(
-            f"products run at {efficiency:.0%} of the peak, fitted to one run: {fitted_to}; those of "
-            f"the attention take {ATTENTION_SLOWER:g} times as long",
-            "gathering weights and scattering gradients along fsdp, and reading memory, run under "
-            "the products; collectives along tensor and sequence (ring: hidden), replica and "
-            "between slices, and the update of the optimiser, run alone",
+            f"products run at {efficiency:.0%} of the peak, fitted to one run: {fitted_to}; "
+            f"those of the attention take {ATTENTION_SLOWER:g} times as long",
+            "gathering weights and scattering gradients along fsdp, reading memory, and offloading "
+            f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s run under the products; collectives along tensor "
+            "and sequence (ring: hidden) and replica, and the optimiser's update, run alone",
             "rows hold one document each; reading data and checkpoints cost nothing",
         ),
     )
@@ -143,7 +145,7 @@ def _recomputed(case: Case) -> tuple[float, float]:
     model, size = case.model, dict(batch=case.batch_size, seq_len=case.seq_len)
     again = recomputed_flops(model, model.remat, **size)
     attention = 3 * forward_flops(model, **size)["attention"] + again.get("attention", 0.0)
-    return model.num_layers * sum(again.values()), model.num_layers * attention
+    return float(model.num_layers * sum(again.values())), model.num_layers * attention
 
 
 def _memory_bytes(case: Case, sizes: Mapping[str, int]) -> float:
@@ -159,6 +161,12 @@ def _memory_bytes(case: Case, sizes: Mapping[str, int]) -> float:
     passing = size * (8 * model.d_model + 4 * model.d_ff / tensor)
     kernels = 3 * size * case.micro_batches * weights(model).total / tensor
     return kernels + model.num_layers * tokens * (2 * kept + 3 * passing)
+
+
+def _host_bytes(case: Case, sizes: Mapping[str, int]) -> float:
+    """Offloaded activations, there and back."""
+    tokens = case.tokens_per_step / math.prod(sizes[a] for a in AXES if a != "tensor")
+    return 2 * case.model.num_layers * tokens * saved_per_token(case.model, sizes["tensor"])[1]
 
 
 def _update_bytes(case: Case, sizes: Mapping[str, int]) -> float:
