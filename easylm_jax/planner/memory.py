@@ -28,8 +28,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 IDS_PER_TOKEN = 5  # arrays of a Batch, 4 bytes each
 
 # The sum that the TPU compiler holds against its limit exceeds what is alive at once. Nothing in
-# the shapes says why; in six programs of 7B and 65B it was 2.5 to 3.3 float32 gradients of the
-# head, in a seventh 4.6. It is less where memory is short. experiments/plan_accuracy has the table.
+# the shapes says why; in eight programs of 7B to 65B by 2.5 to 4.8 float32 gradients of the head,
+# mostly 3. Less where memory is short. experiments/plan_accuracy has the table.
 FRAGMENTS = 2.75
 # Up to so many ways the compiler turns "gather, then multiply" into a ring of partial products,
 # and holds fewer whole gradients of kernels at once (see `_layer_gradients`).
@@ -112,12 +112,15 @@ def saved_per_token(model: LlamaConfig, tensor: int = 1) -> tuple[float, float]:
     return layer_input + kept, on_host
 
 
-def estimate(case: Case, sizes: Mapping[str, int]) -> Parts:
-    """The parts of `case` on a mesh of these axis sizes (`mesh.parse_mesh`)."""
-    return max(moments(case, sizes).values(), key=lambda parts: parts.total)
+def estimate(case: Case, sizes: Mapping[str, int], *, on_cpu: bool = False) -> Parts:
+    """The parts of `case` on a mesh of these axis sizes (`mesh.parse_mesh`).
+
+    A CPU holds every step from logits to their gradient in an array of its own, float32.
+    """
+    return max(moments(case, sizes, on_cpu=on_cpu).values(), key=lambda parts: parts.total)
 
 
-def moments(case: Case, sizes: Mapping[str, int]) -> dict[str, Parts]:
+def moments(case: Case, sizes: Mapping[str, int], *, on_cpu: bool = False) -> dict[str, Parts]:
     """The parts at each of the three moments named at the top."""
     model, all_weights = case.model, weights(case.model)
     size, master = BYTES[model.dtype], BYTES[model.param_dtype]
@@ -147,7 +150,8 @@ def moments(case: Case, sizes: Mapping[str, int]) -> dict[str, Parts]:
     )
     head_gradient = 4 * table
     head = size * table if fsdp > 1 or size != master else 0.0
-    logits = (4 + size) * min(CHUNK, M) * model.vocab_size / tensor  # and their gradient
+    per_logit = 4 * 4 if on_cpu else 4 + size  # the logit and its gradient
+    logits = per_logit * min(CHUNK, M) * model.vocab_size / tensor
     in_loss = dataclasses.replace(
         base,
         **forward,
