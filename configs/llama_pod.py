@@ -35,7 +35,7 @@ class Pod(NamedTuple):
 
 
 PODS = {
-    "7b_v5e_256": Pod("7b", "v5e:16x16", "1,256,1,1", LINEAR, 8),
+    "7b_v5e_256": Pod("7b", "v5e:16x16", "1,256,1,1", "linear_outputs", 4),
     "13b_v6e_256": Pod("13b", "v6e:16x16", "1,256,1,1", LINEAR, 4),
     "33b_v5p_512": Pod("33b", "v5p:8x8x8", "8,64,1,1", LINEAR, 2),
     "65b_v5p_2048": Pod("65b", "v5p:8x16x16", "8,256,1,1", LINEAR, 1),

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.mesh import parse_mesh
-from easylm_jax.models.llama import LlamaConfig, num_params
+from easylm_jax.models.llama import LlamaConfig
 from easylm_jax.models.presets import PRESETS, preset
 from easylm_jax.models.remat import POLICIES, parse_policy
 from easylm_jax.planner import memory, remat, roofline
@@ -132,7 +132,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mesh": parse_mesh(case.mesh, topology.num_chips),
         "remat": case.model.remat,
         "attention": dataclasses.asdict(case.model.attention),
-        "parameters": num_params(case.model),
+        "parameters": memory.weights(case.model).total,
         "batch_size": case.batch_size,
         "seq_len": case.seq_len,
         "micro_batches": case.micro_batches,
@@ -164,7 +164,7 @@ def as_text(plan: Plan) -> str:
     case, topology = plan.case, plan.topology
     mesh = " x ".join(f"{k} {v}" for k, v in parse_mesh(case.mesh, topology.num_chips).items())
     head = (
-        f"{num_params(case.model) / 1e9:.2f}B parameters, {case.batch_size:,} rows of "
+        f"{memory.weights(case.model).total / 1e9:.2f}B parameters, {case.batch_size:,} rows of "
         f"{case.seq_len:,} tokens in {case.micro_batches} micro-batches\n"
         f"{topology}: {topology.num_chips:,} chips, mesh {mesh}\n"
         f"remat {case.model.remat}, attention {case.model.attention.implementation}"

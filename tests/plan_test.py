@@ -117,6 +117,22 @@ def test_a_pod_config_divides_its_topology_and_is_on_record_as_fitting(name):
         assert record[key] == settings[key], f"{key}: run `make plans`"
 
 
+def test_a_pod_that_no_longer_fits_or_moved_is_reported():
+    spec = importlib.util.spec_from_file_location("r", ROOT / "experiments/pod_plans/run.py")
+    proofs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(proofs)
+    sent = [dict(sent_bytes=600), dict(sent_bytes=400)]
+    old = dict(fits=True, peak_bytes_per_chip=100, hbm_bytes_per_chip=150, collectives=sent)
+    old |= dict(stack={"jax": "1"})
+    assert proofs.complaints(old | dict(peak_bytes_per_chip=102), old) == []
+    (more,) = proofs.complaints(old | dict(peak_bytes_per_chip=105), old)
+    assert "peak_bytes_per_chip moved by +5.0%, from 100 to 105" in more
+    (less,) = proofs.complaints(old | dict(collectives=sent[:1]), old)
+    assert "bytes sent moved by -40.0%" in less
+    assert proofs.complaints(old | dict(collectives=[], stack={"jax": "2"}), old) == []
+    assert "does not fit" in proofs.complaints(old | dict(fits=False, stack={"jax": "2"}), old)[0]
+
+
 @pytest.mark.slow
 def test_a_7b_pod_still_compiles_for_its_slice_and_fits():
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e .[plan]")
