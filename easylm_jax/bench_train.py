@@ -48,13 +48,14 @@ class Work:
     layers: int | None = None  # instead of the preset's, for a quick look
 
 
-# 7b: parameters, gradients and moments of float32 take 108 GB, 81 GB with moments of bfloat16, and
-# what the policy keeps 11.4 GB per row of 4,096 tokens. One H200 has 141 GB.
+# small, long: a CPU computes again faster than it reads what it kept, `experiments/cpu_speed`.
+# 7b: parameters, gradients and moments take 108 GB in float32, 81 GB with moments in bfloat16, and
+# what the policy keeps 11.4 GB per row. One H200 has 141 GB.
 WORKS = {
-    "small": Work("small", 8, 1024, "float32"),
-    "long": Work("small", 1, 4096, "float32"),
+    "small": Work("small", 8, 1024, "float32", micro_batches=4, remat="attention_only"),
+    "long": Work("small", 1, 4096, "float32", remat="attention_only"),
     "1b": Work("1b", 8, 4096, "bfloat16"),
-    "7b": Work("llama_7b", 4, 4096, "bfloat16", state_dtype="bfloat16"),
+    "7b": Work("llama_7b", 3, 4096, "bfloat16", state_dtype="bfloat16"),
 }
 
 

@@ -123,7 +123,7 @@ def test_the_command_changes_what_it_is_told_to_and_nothing_else(monkeypatch, ca
     )
     assert seen == dict(mesh="1,-1,1,1", steps=5, attention="blockwise", profile=None)
     assert '"work": "7b"' in capsys.readouterr().out
-    assert WORKS["7b"].batch == 4
+    assert WORKS["7b"].batch == 3
 
 
 @pytest.mark.torch

@@ -4,11 +4,12 @@
 
 Every run is a process of its own that first times its own engine's forward products alone, and then
 whole steps. Read the CPU seconds where other work shares the cores; the share is of what the same
-engine's products reach. Medians over the rounds.
+engine's products reach. Medians over the rounds. Both engines get huge pages from glibc.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,10 +37,11 @@ def main() -> None:
         for dtype in ("float32", "bfloat16")
         for engine, command in (("ours", OURS), ("torch", [sys.executable, PEER]))
     }
+    env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for number in range(options.rounds):
         for name, command in runs.items():
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(number + 1, name, {c: found[name][-1][c] for c in COLUMNS}, flush=True)
     print("\n| medians | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
