@@ -77,6 +77,9 @@ def test_the_search_names_settings_that_can_be_pasted(capsys):
     assert report["fits"] and report["est_step_s"] == best["est_step_s"]
     steps = [candidate["est_step_s"] for candidate in best["candidates"]]
     assert steps == sorted(steps) and len(steps) == 3
+    full = dataclasses.replace(again, model=dataclasses.replace(model, remat="full"))
+    slower = json.loads(show(capsys, full, "v5e:16x16", as_one_line=True))
+    assert slower["fits"] and slower["est_step_s"] > 1.1 * best["est_step_s"]
 
 
 def test_what_does_not_fit_is_printed_and_told_what_would(capsys):
