@@ -71,7 +71,7 @@ def cpu(rows: int = 2, seq_len: int = 1024) -> Iterator[str]:
         stats = lower_step(case, mesh).compile().memory_analysis()
         compiled = (stats.argument_size_in_bytes + stats.temp_size_in_bytes) / MIB
         command = [sys.executable, "-m", "easylm_jax.bench", "--work=small", "--steps=1", "--json"]
-        command += [f"--remat={remat}", f"--dtype={dtype}", f"--batch={rows}"]
+        command += [f"--remat={remat}", f"--dtype={dtype}", f"--batch={rows}", "--micro_batches=1"]
         ran = json.loads(subprocess.check_output(command, cwd=ROOT).splitlines()[-1])
         yield (
             f"| {remat}, {dtype} | {estimate:.0f} ({estimate / compiled - 1:+.0%}) | "

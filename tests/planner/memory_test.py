@@ -69,6 +69,7 @@ COMPILED = [
     ("v5e:16x16", dict(name="llama_7b", rows=1024, remat="full"), 6895),
     ("v5e:16x16", dict(name="llama_7b", rows=256, remat=LINEAR), 9310),
     ("v5e:16x16", dict(name="llama_7b", rows=2048, micro=4, remat=MAPS), 8955),
+    ("v6e:16x16", dict(name="llama_13b", rows=2048, micro=4, remat=MAPS), 13_979),
     ("v5p:8x16x16", dict(name="llama_65b", rows=2048, mesh="8,256,1,1", remat=LINEAR), 38880),
 ]
 
