@@ -187,7 +187,7 @@ def _memory_text(plan: Plan) -> str:
         if not c.ran_out_of_memory:
             rows += [
                 ["outputs in new memory", "", _gib(c.outputs - c.aliased)],
-                ["temporaries", "", _gib(c.temporaries)],
+                ["all temporaries", "", _gib(c.temporaries)],
                 ["program", "", _gib(c.program_bytes)],
                 ["on the host", "", _gib(c.host_bytes)],
             ]
@@ -243,7 +243,7 @@ def _gib(num_bytes: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    return remat.table(rows)
+    return [line.rstrip() for line in remat.table(rows)]
 
 
 # ---- the commands -------------------------------------------------------------------------------
