@@ -89,6 +89,11 @@ def _train(options: argparse.Namespace) -> dict[str, str | int | float | dict[st
     given = {name: getattr(options, name) for name in CHANGES}
     changes = {name: value for name, value in given.items() if value is not None}
     work = dataclasses.replace(bench_train.WORKS[options.work], **changes)
+    if work.batch % work.micro_batches:
+        raise SystemExit(
+            f"error: {work.batch} rows do not split into {work.micro_batches} micro-batches; "
+            "change --batch or --micro_batches"
+        )
     settings = {name: getattr(options, name) for name in ("mesh", "steps", "attention", "profile")}
     return {"work": options.work} | bench_train.run(work, **settings)
 

@@ -6,6 +6,7 @@ Called by `bench_train.py`.
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,6 +89,8 @@ def self_times(events: Iterable[tuple[int, int, str]]) -> Counter[str]:
 
 def _events_by_line(folder: str) -> list[list[tuple[int, int, str]]]:
     """HLO instructions as (start, duration, name), in ns, per GPU stream or thread of the host."""
+    # Python 3.12 warns of the types that jaxlib makes, and jaxlib aborts where warnings are errors.
+    warnings.filterwarnings("ignore", message="builtin type event", category=DeprecationWarning)
     newest = max(Path(folder).rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     planes = list(ProfileData.from_file(str(newest)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]

@@ -126,6 +126,14 @@ def test_the_command_changes_what_it_is_told_to_and_nothing_else(monkeypatch, ca
     assert WORKS["7b"].batch == 3
 
 
+def test_rows_that_do_not_split_are_told_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "bench --work=small --batch=6".split())
+    with pytest.raises(
+        SystemExit, match="6 rows do not split into 4 micro-batches; change --batch"
+    ):
+        bench.main()
+
+
 @pytest.mark.torch
 def test_the_peer_in_torch_does_the_same_work():
     pytest.importorskip("transformers")
