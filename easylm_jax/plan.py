@@ -200,8 +200,9 @@ def _memory_text(plan: Plan) -> str:
 
 def _collectives_text(compiled: Compiled) -> str:
     rows = [["sent per chip and step", "type", "over", "chips", "times", "GiB", "GiB sent"]]
+    total = sum(row["sent_bytes"] for row in by_kind(compiled))
     for row in by_kind(compiled):
-        if row["sent_bytes"] > 2**20:
+        if row["sent_bytes"] > total / 1000:
             sizes = [f"{row['times']:,}", _gib(row["bytes"]), _gib(row["sent_bytes"])]
             rows.append([row["kind"], row["dtype"], row["axes"], str(row["group_size"]), *sizes])
     return "\n".join(_table(rows))
@@ -209,13 +210,14 @@ def _collectives_text(compiled: Compiled) -> str:
 
 def _speed_text(plan: Plan) -> str:
     e = plan.estimate
+    parts = dict(compute=e.compute_s, memory=e.memory_s, ICI=e.ici_s, DCN=e.dcn_s)
     return "\n".join(
         [
-            f"estimated, not measured: {e.step_s:.2f} s per step, "
+            f"estimated, not measured: {_short(e.step_s)} s per step, "
             f"{e.tokens_per_s_per_chip:,.0f} tokens/s/chip, MFU {e.mfu:.1%}",
-            f"compute {e.compute_s:.2f} s, memory {e.memory_s:.2f} s, ICI {e.ici_s:.2f} s, "
-            f"DCN {e.dcn_s:.2f} s; {e.flops_per_step:.3g} FLOPs of the model per step, "
-            f"{e.hardware_flops:.3g} with what is computed again",
+            ", ".join(f"{name} {_short(seconds)} s" for name, seconds in parts.items())
+            + f"; {e.flops_per_step:.3g} FLOPs of the model per step, {e.hardware_flops:.3g} with "
+            "what is computed again",
             *(f"- {assumption}" for assumption in e.assumptions),
         ]
     )
@@ -227,7 +229,7 @@ def _candidates_text(plans: Sequence[Plan]) -> str:
         case, e = plan.case, plan.estimate
         name = f"mesh {case.mesh} remat {case.model.remat} micro_batches {case.micro_batches}"
         peak = _gib(plan.compiled.peak_bytes) if plan.compiled else ""
-        speed = [f"{e.step_s:.2f}", f"{e.tokens_per_s_per_chip:,.0f}", f"{e.mfu:.1%}"]
+        speed = [f"{_short(e.step_s)}", f"{e.tokens_per_s_per_chip:,.0f}", f"{e.mfu:.1%}"]
         rows.append([name, *speed, _gib(plan.parts.total), peak])
     settings = plans[0].case
     best = (
@@ -239,7 +241,12 @@ def _candidates_text(plans: Sequence[Plan]) -> str:
 
 
 def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.2f}"
+    return _short(num_bytes / GIB)
+
+
+def _short(number: float) -> str:
+    """Two decimals, or for what is small two digits."""
+    return f"{number:,.2f}" if number >= 0.1 or not number else f"{number:.2g}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -70,7 +70,7 @@ def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[Collective, ..
             dtype, num_bytes = _payload(op, kind, size)
             if path[-1].computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # the TPU compiler's fusion of a sum and a slice of it
-            found[key] = Collective(kind, dtype, num_bytes, times, size, axes, _where(op))
+            found[key] = Collective(kind, dtype, num_bytes, times, size, axes, _where(op, path[-1]))
     return tuple(sorted(found.values(), key=lambda c: -c.sent_bytes))
 
 
@@ -140,6 +140,7 @@ class Step(NamedTuple):
     name: str
     computation: str
     fused: bool
+    rest: str  # attributes of the loop, fusion or call
 
 
 def _walk(
@@ -147,14 +148,15 @@ def _walk(
 ) -> Iterator[tuple[tuple[Step, ...], Op, int]]:
     """(way down to it, operation, how often a step runs it) for every operation."""
     inside = {"while": "body", "call": "to_apply", "fusion": "calls", "async-start": "calls"}
-    todo = [((Step("", "ENTRY", False),), 1)]
+    todo = [((Step("", "ENTRY", False, ""),), 1)]
     while todo:
         path, times = todo.pop()
         around = computations[path[-1].computation]
         for op in around.values():
             yield path, op, times
             if op.opcode in inside:
-                step = Step(op.name, _called(op, inside[op.opcode]), op.opcode == "fusion")
+                fused = op.opcode == "fusion"
+                step = Step(op.name, _called(op, inside[op.opcode]), fused, op.rest)
                 loop = op.opcode == "while"
                 again = trip_count(computations, around, op) if loop else 1
                 todo.append(((*path, step), times * again))
@@ -267,9 +269,9 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-def _where(op: Op) -> str:
+def _where(op: Op, inside: Step) -> str:
     """The end of the path of its code: the layer and what is done, without loops and transforms."""
-    path = re.search(r'op_name="([^"]*)"', op.rest)
+    path = re.search(r'op_name="([^"]*)"', op.rest if "op_name" in op.rest else inside.rest)
     names = [
         name
         for name in (path[1] if path else op.name).split("/")

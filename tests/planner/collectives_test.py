@@ -75,7 +75,8 @@ to_apply=%sum
   %loop = (u32[], bf16[8,128]{1,0}) while(%init), condition=%inner_cond, body=%inner_body
   %begin = f32[32]{0} fusion(%y), kind=kCustom, calls=%start_fusion
   %go_on = f32[32]{0} fusion(%y), kind=kOutput, calls=%hidden_in_work
-  %scattered = f32[4,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.3
+  %scattered = f32[4,4]{1,0} fusion(%y), kind=kCustom, \
+calls=%all-reduce-scatter.3, metadata={op_name="jit(f)/transpose(jvp(g))/while/body/mlp/up/dot"}
   %more = s32[] add(%k, %one)
   ROOT %r = (s32[], bf16[8,128]{1,0}) tuple(%more, %y)
 }
@@ -104,6 +105,7 @@ def test_loops_fusions_and_all_notations_of_groups_are_understood():
     ]
     names = {c.kind: c.where for c in collectives(HLO, MESH)}
     assert names["collective-permute"] == "mlp/up/dot_general"
+    assert names["reduce-scatter"] == "backward mlp/up/dot"
 
 
 def test_what_a_ring_sends():

@@ -57,29 +57,31 @@ def tpu():
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e .[plan]")
 
 
+# Every array splits into whole tiles of 8 x 128, so that nothing is padded.
+WIDE = dataclasses.replace(MODEL, d_model=512, d_ff=1024, head_dim=128)
+ON_V5E = dataclasses.replace(CASE, model=WIDE, mesh="4,4,1,1")
+
+
 @pytest.fixture(scope="module")
 def on_v5e():
     tpu()
-    return compile_step(CASE, parse_topology("v5e:4x4"))
+    return compile_step(ON_V5E, parse_topology("v5e:4x4"))
 
 
 def test_a_tiny_model_compiles_for_sixteen_v5e_chips(on_v5e):
     assert not on_v5e.ran_out_of_memory
-    # Small arrays are padded to whole tiles, so the chip holds more than the numbers.
-    assert state_bytes(CASE, 16) <= on_v5e.arguments <= 1.5 * state_bytes(CASE, 16)
-    assert {c.axes for c in on_v5e.collectives} == {("fsdp",)}
+    assert on_v5e.arguments == pytest.approx(state_bytes(ON_V5E, 16), rel=0.02)
 
 
 def test_weights_travel_in_bfloat16_and_gradients_of_layers_in_float32(on_v5e):
-    """Each layer's weights, in bfloat16, once or more per pass; their gradient, in float32."""
-    layers = num_params(MODEL) - 2 * MODEL.vocab_size * MODEL.d_model
-    big = [c for c in on_v5e.collectives if c.bytes * c.times > 1024]
-    forward = [c for c in big if "backward" not in c.where and c.times > 1]
-    assert forward and {c.dtype for c in forward} == {"bf16"}
-    sent = sum(c.sent_bytes for c in forward)
-    assert sent >= 2 * layers * 15 / 16 * 0.9
-    gradients = [c for c in big if "backward" in c.where and c.dtype == "f32" and c.times > 1]
-    assert sum(c.sent_bytes for c in gradients) >= 4 * layers * 15 / 16 * 0.9
+    """Each layer's weights, in bfloat16, at least once a pass; their gradient, in float32."""
+    layers = num_params(WIDE) - 2 * WIDE.vocab_size * WIDE.d_model
+    along = [c for c in on_v5e.collectives if c.axes == ("fsdp",) and c.bytes * c.times > 4096]
+    forward = [c for c in along if "backward" not in c.where and c.times > 1]
+    assert {c.dtype for c in forward} == {"bf16"}
+    assert sum(c.sent_bytes for c in forward) >= 0.98 * 2 * layers * 3 / 4
+    gradients = [c for c in along if c.dtype == "f32" and c.times > 1]
+    assert sum(c.sent_bytes for c in gradients) >= 0.98 * 4 * layers * 3 / 4
 
 
 @pytest.mark.slow
