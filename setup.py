@@ -30,7 +30,7 @@ TORCH = ["torch==2.13.0", "transformers==5.23.0"]
 
 setup(
     name="easylm_jax",
-    version="0.4.0",
+    version="0.5.0",
     description="Pretrain, fine-tune and study LLaMA-style language models in JAX.",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -86,6 +86,12 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     within, across = (tuple(part.values()) for part in _parse_parts(spec, len(devices)))
     how = dict(allow_split_physical_axes=spec.startswith("!"))
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices > 1 and "@" not in spec:
+        raise ValueError(
+            f"mesh {spec!r} does not say what lies across the {slices} TPU slices; write it after "
+            f"an @, such as 'fsdp:-1@replica:{slices}'"
+        )
     try:
         if "@" not in spec:
             grid = mesh_utils.create_device_mesh(within, devices, **how)
@@ -122,7 +128,7 @@ def _split_by(
     raise ValueError(
         f"mesh {spec!r} asks for {wanted} parts of {size} devices across the slow network, but "
         f"there are {len(found)} {number} of {'/'.join(map(str, sorted(set(found))))} devices; let "
-        f"the sizes after the @ multiply to {len(found)}, or leave them out"
+        f"the sizes after the @ multiply to {len(found)}{'' if is_tpu else ', or leave them out'}"
     )
 
 

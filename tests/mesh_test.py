@@ -94,6 +94,8 @@ def test_sizes_after_the_at_lie_across_slices_and_the_others_within(two_slices):
 def test_parts_that_are_not_there_are_told_how_many_are(two_slices):
     with pytest.raises(ValueError, match="4 parts of 8 .* there are 2 slices of 16 .* multiply to"):
         make_mesh("fsdp:-1@replica:4", two_slices)
+    with pytest.raises(ValueError, match="across the 2 TPU slices; .* such as 'fsdp:-1@replica:2'"):
+        make_mesh("1,-1,1,1", two_slices)
     with pytest.raises(ValueError, match="2 parts of 4 .* there are 1 processes of 8 .* leave"):
         make_mesh("fsdp:-1@replica:2")
 
