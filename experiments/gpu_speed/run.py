@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 PEER = str(Path(__file__).parents[1] / "cpu_speed" / "torch_step.py")
-COLUMNS = ("tokens_per_s", "mfu", "step_ms_median", "device_memory_peak_gb", "loss_last")
+COLUMNS = ("tokens_per_s", "mfu", "step_ms_median", "device_memory_peak_gb")
 
 
 def runs_of(work: str) -> dict[str, list[str]]:
