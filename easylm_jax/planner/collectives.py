@@ -41,7 +41,7 @@ class Collective:
     bytes: int
     times: int
     group_size: int
-    axes: tuple[str, ...]  # of the mesh, that the group spans
+    axes: tuple[str, ...]  # of the mesh, that the group spans; "slices": between TPU slices
     where: str  # the end of the path of the code it came from, such as "mlp/up/dot_general"
 
     @property
@@ -56,10 +56,12 @@ def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[Collective, ..
     """Every collective that spans more than one chip, the one that sends most first."""
     found: dict[str, Collective] = {}
     for path, op, times in _walk(parse(hlo)):
-        kind = op.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if op.opcode == "send" and "_xla_megascale_" in op.rest:
+            kind, size, axes = *_between_slices(op), ("slices",)
+        elif (kind := op.opcode.removesuffix("-start")) in KINDS:
+            size, axes = _group(op, mesh_shape)
+        else:
             continue
-        size, axes = _group(op, mesh_shape)
         if size == 1:
             continue
         # An asynchronous collective is fused into the work that hides it: it appears in every
@@ -205,6 +207,13 @@ def _constant(op: Op) -> int:
 # ---- one collective -----------------------------------------------------------------------------
 
 
+def _between_slices(op: Op) -> tuple[str, int]:
+    """(kind, number of slices) of what one slice's network hands to the next."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)[1]
+    first, *_, last = re.findall(r"\d+", re.search(r'megascale_target="\{(.*?)\}', op.rest)[1])
+    return kind.lower().replace("_", "-"), int(last) - int(first) + 1
+
+
 def _payload(op: Op, kind: str, group_size: int) -> tuple[str, int]:
     """(type of the largest part, bytes); see `Collective`."""
     parts = re.findall(r"(\w+)\[([\d,]*)\]", op.type)
@@ -214,7 +223,8 @@ def _payload(op: Op, kind: str, group_size: int) -> tuple[str, int]:
         if dtype in BITS
     ]
     largest, dtype = max(sizes)
-    if op.opcode.endswith("-start") and kind != "all-reduce":  # operands, results, context
+    is_start = op.opcode.endswith("-start") and kind != "all-reduce"
+    if is_start or op.opcode == "send":  # operands, results, context
         return dtype, largest
     total = sum(size for size, _ in sizes)
     return dtype, total * group_size if kind == "reduce-scatter" else total

@@ -108,6 +108,25 @@ def test_loops_fusions_and_all_notations_of_groups_are_understood():
     assert names["reduce-scatter"] == "backward mlp/up/dot"
 
 
+def test_what_goes_from_slice_to_slice_is_counted():
+    """As the TPU compiler prints it for two slices: a send to its runtime for several slices."""
+    hlo = """\
+ENTRY %main (p: f32[47,8,128]) -> f32[47,8,128] {
+  %p = f32[47,8,128]{2,1,0:T(8,128)} parameter(0)
+  %send = (f32[47,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%p, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name=\
+"xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target=\
+"{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    (found,) = collectives(hlo, MESH)
+    assert (found.kind, found.dtype, found.axes, found.group_size) == (
+        *("all-reduce", "f32", ("slices",)),
+        2,
+    )
+    assert found.sent_bytes == found.bytes == 47 * 8 * 128 * 4
+
+
 def test_what_a_ring_sends():
     sent = {c.kind: c.sent_bytes for c in collectives(HLO, MESH)}
     assert sent["all-gather"] == 6 * 128 * 3 / 4 and sent["reduce-scatter"] == 6 * 256 * 3 / 4
