@@ -85,6 +85,7 @@ def run(
             objective=cross_entropy(make_forward(config)),
             optimizer=optimizer,
             num_micro_batches=work.micro_batches,
+            has_dropout=config.has_dropout,
             guard=GuardConfig(),
         )
         data = _random_batch(work, config.vocab_size)

@@ -24,6 +24,9 @@ FREE_TO_CHANGE = (
     *("model.attention.block_q", "model.attention.block_k"),
 )
 
+# Settings that are no more, and the last version that had them.
+GONE = {"optim.mu_dtype": "0.4.0"}
+
 # The fields of LlamaConfig that say what function the parameters compute; the others say how.
 MODEL_FIELDS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"),
@@ -69,6 +72,12 @@ def check_same_run(config: Mapping[str, Any], workdir: str) -> None:
     if old is None:
         return
     if fixed := without(compare_config(old, config), FREE_TO_CHANGE):
+        if gone := [last for d in fixed for key, last in GONE.items() if d.key == key]:
+            raise ValueError(
+                f"{workdir} holds a run of easylm_jax {gone[0]}, which this version cannot go on "
+                f"with; take another --workdir and set init_from={workdir}/checkpoints to start "
+                "from its parameters"
+            )
         raise ValueError(
             f"{workdir} holds a run with other settings ({'; '.join(map(str, fixed[:5]))}"
             f"{' ...' if len(fixed) > 5 else ''}); restore them, or take another --workdir and "

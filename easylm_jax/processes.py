@@ -33,6 +33,8 @@ KEEPALIVE = {  # a host that answers none of 5 probes in 60 s is gone
 }
 GRACE_SECONDS = 10  # when one fails, the others may be about to say the same sentence
 HOLD_SECONDS = 15  # see `_hold_connections`
+SERVICE_SECONDS = 30  # for jax's service to listen, milliseconds after all have come
+LONGEST_LINE = 1 << 20  # bytes; the names of 16,000 hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,14 @@ def find_processes(config: DistributedConfig) -> Processes:
             if name != "JAX_COORDINATOR_ADDRESS" and not text.isdecimal():
                 raise ValueError(f"{name} is {text!r} in the environment; it must be a number")
             given[name] = text if name == "JAX_COORDINATOR_ADDRESS" else int(text)
-    ids = [int(i) for i in os.environ.get("JAX_LOCAL_DEVICE_IDS", "").split(",") if i] or None
+    text = os.environ.get("JAX_LOCAL_DEVICE_IDS", "")
+    ids = [i.strip() for i in text.split(",") if i] or None
+    if ids and not all(i.isdecimal() for i in ids):
+        raise ValueError(
+            f"JAX_LOCAL_DEVICE_IDS is {text!r} in the environment; it must be numbers with commas "
+            "between, such as 0,1"
+        )
+    ids = ids and [int(i) for i in ids]
     if None in given.values():
         try:
             *found, ids = ClusterEnv.auto_detect_unset_distributed_params(
@@ -91,6 +100,8 @@ def find_processes(config: DistributedConfig) -> Processes:
             "JAX_PROCESS_ID on every host"
         )
     address, number, index = given.values()
+    if number < 1:
+        raise ValueError(f"num_processes is {number}; it must be 1 or more")
     if not (0 <= index < number):
         raise ValueError(
             f"process_id is {index}, but num_processes = {number}: it must be 0 to {number - 1}"
@@ -113,25 +124,45 @@ def joined_processes(config: DistributedConfig) -> Iterator[Callable[[int], None
     processes = find_processes(config)
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    meet = _listen if processes.index == 0 else _connect
+    meet = _gather if processes.index == 0 else _connect
     peers, port = meet(processes, time.monotonic() + config.wait_seconds)
     before = _open_sockets()
     peers.watch()
-    jax.distributed.initialize(
-        coordinator_address=f"{processes.address.rpartition(':')[0]}:{port}",
-        num_processes=processes.number,
-        process_id=processes.index,
-        local_device_ids=processes.local_device_ids,
-        cluster_detection_method="deactivate",
-    )
-    if processes.index == 0 and processes.number > 1:
-        peers.holder = _hold_connections(_open_sockets() - before)
     try:
+        _start_jax(processes, port)
+        if processes.index == 0 and processes.number > 1:
+            peers.holder = _hold_connections(_open_sockets() - before)
         yield peers.at_step
     except BaseException as error:
         peers.leave(error)
         raise
     peers.leave(None)
+
+
+def _start_jax(processes: Processes, port: int) -> None:
+    """Connect all by jax's own service, which process 0 starts at `port` of its host.
+
+    Raises:
+      ValueError: it cannot listen there, or cannot be reached.
+    """
+    host = processes.address.rpartition(":")[0]
+    try:
+        if processes.index > 0:  # where jax finds no service, it aborts with a stack trace
+            _reach(host, port, time.monotonic() + SERVICE_SECONDS).close()
+        jax.distributed.initialize(
+            coordinator_address=f"{host}:{port}",
+            num_processes=processes.number,
+            process_id=processes.index,
+            local_device_ids=processes.local_device_ids,
+            cluster_detection_method="deactivate",
+        )
+    except (OSError, jax.errors.JaxRuntimeError) as error:
+        why = str(getattr(error, "strerror", None) or error).partition("\n")[0]
+        raise ValueError(
+            f"process {processes.index} on host {socket.gethostname()} cannot use jax's own service "
+            f"at {host}:{port} ({why}): it takes a free port of process 0's host beside "
+            f"{processes.address}, so open all TCP ports between the hosts of the run"
+        ) from error
 
 
 class _Link:
@@ -143,7 +174,7 @@ class _Link:
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._connection = connection
-        self._lines = connection.makefile("rb")
+        self._heard = b""
 
     def send(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # the other has gone: its link tells
@@ -151,12 +182,33 @@ class _Link:
 
     def receive(self, deadline: float | None = None) -> dict[str, Any] | None:
         """The next message; None when the other has gone, or says what we do not speak."""
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.01)
-        self._connection.settimeout(left)
         try:
-            return json.loads(self._lines.readline())
-        except (OSError, ValueError):
+            while b"\n" not in self._heard:
+                self._connection.settimeout(deadline and deadline - time.monotonic())
+                more = self._connection.recv(1 << 16)
+                if not more or len(self._heard) > LONGEST_LINE:
+                    return None
+                self._heard += more
+            line, _, self._heard = self._heard.partition(b"\n")
+            message = json.loads(line)
+        except (OSError, ValueError, RecursionError):  # ValueError also when the time is over
             return None
+        return message if isinstance(message, dict) else None
+
+    def is_closed(self) -> bool:
+        """Whether the other, which is to say nothing now, has gone."""
+        self._connection.settimeout(0)
+        try:
+            return self._connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self._connection.settimeout(None)
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 class _Peers:
@@ -177,7 +229,7 @@ class _Peers:
 
     def watch(self) -> None:
         for process in self._links:
-            threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+            threading.Thread(target=self._hear, args=(process,), daemon=True).start()
 
     def leave(self, error: BaseException | None) -> None:
         """Tell the others, and after an error wait for them, who may end for the same reason.
@@ -200,7 +252,7 @@ class _Peers:
             self.holder.kill()
             self.holder.wait()
 
-    def _listen(self, process: int) -> None:
+    def _hear(self, process: int) -> None:
         while message := self._links[process].receive():
             self._learn(message)
         if process not in self._left:
@@ -245,7 +297,7 @@ class _Peers:
                 link.send(**message)
 
 
-def _listen(processes: Processes, deadline: float) -> tuple[_Peers, int]:
+def _gather(processes: Processes, deadline: float) -> tuple[_Peers, int]:
     """Of process 0: wait until all have come, then tell them who they are and jax's port."""
     address, number = processes.address, processes.number
     try:
@@ -267,7 +319,8 @@ def _listen(processes: Processes, deadline: float) -> tuple[_Peers, int]:
             except TimeoutError:
                 _refuse(links, _absent(processes, hosts))
             hello = link.receive(min(deadline, time.monotonic() + 5))
-            if not hello or "process" not in hello:  # a port scanner
+            if not _is_hello(hello):  # a port scanner
+                link.close()
                 continue
             index, host = hello["process"], hello["host"]
             if hello["number"] != number:
@@ -277,7 +330,9 @@ def _listen(processes: Processes, deadline: float) -> tuple[_Peers, int]:
                     f"processes, process 0 on host {hosts[0]} that there are {number}: give all "
                     "the same num_processes",
                 )
-            if index in hosts:
+            if index in links and links[index].is_closed():  # it died here, and was started again
+                links.pop(index).close()
+            if index in links:
                 _refuse(
                     links | {-1: link},
                     f"two processes say that they are process {index}, on hosts {hosts[index]} and "
@@ -290,6 +345,13 @@ def _listen(processes: Processes, deadline: float) -> tuple[_Peers, int]:
     for link in links.values():
         link.send(port=port, hosts=names)
     return _Peers(processes, links, names), port
+
+
+def _is_hello(message: dict[str, Any] | None) -> bool:
+    match message:
+        case {"process": int(index), "host": str(), "number": int(number)}:
+            return index is not True and 0 < index < number
+    return False
 
 
 def _absent(processes: Processes, hosts: dict[int, str]) -> str:
@@ -312,18 +374,14 @@ def _refuse(links: dict[int, _Link], sentence: str) -> NoReturn:
 def _connect(processes: Processes, deadline: float) -> tuple[_Peers, int]:
     """Of the other processes: find process 0, and wait with it for the rest."""
     host, _, port = processes.address.rpartition(":")
-    while True:
-        try:
-            link = _Link(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"process {processes.index} on host {socket.gethostname()} finds no process 0 "
-                    f"at {processes.address} ({error.strerror or error}): start it there, and see "
-                    "that a firewall lets the port through"
-                ) from error
-            time.sleep(0.2)
+    try:
+        link = _Link(_reach(host, int(port), deadline))
+    except OSError as error:
+        raise ValueError(
+            f"process {processes.index} on host {socket.gethostname()} finds no process 0 "
+            f"at {processes.address} ({error.strerror or error}): start it there, and see "
+            "that a firewall lets the port through"
+        ) from error
     link.send(process=processes.index, host=socket.gethostname(), number=processes.number)
     answer = link.receive(deadline + GRACE_SECONDS) or {
         "refused": f"process 0 at {processes.address} ended before all had come: see what it says"
@@ -331,6 +389,17 @@ def _connect(processes: Processes, deadline: float) -> tuple[_Peers, int]:
     if "refused" in answer:
         raise ValueError(answer["refused"])
     return _Peers(processes, {0: link}, answer["hosts"]), answer["port"]
+
+
+def _reach(host: str, port: int, deadline: float) -> socket.socket:
+    """A connection, tried until the deadline."""
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), port), timeout=5)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _open_sockets() -> set[int]:
@@ -349,7 +418,9 @@ def _hold_connections(connections: set[int]) -> subprocess.Popen:
     """Keep jax's connections to process 0 open for a moment after its death.
 
     jax aborts the others, with a stack trace, as soon as these close. A child that has them too
-    outlives this process by `HOLD_SECONDS`, in which the others say their sentence and end.
+    outlives this process by `HOLD_SECONDS`, in which the others say their sentence and end. It dies
+    too when the whole host goes, or all of its cgroup (a container, a Slurm step that is killed):
+    then jax may add its stack trace to the sentence.
     """
     return subprocess.Popen(
         ["sh", "-c", f"cat; sleep {HOLD_SECONDS}"],

@@ -64,16 +64,18 @@ def train_step(
     optimizer: optax.GradientTransformation,
     num_micro_batches: int,
     guard: GuardConfig,
+    has_dropout: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """The state after one update from `batch` ([B, T], B a multiple of `num_micro_batches`).
+
+    An objective that draws no numbers (`has_dropout` False) needs less of the network.
 
     Metrics: the objective's entries as means, `grad_norm`, `loss_weight` (its sum), and
     `skipped` (1.0 where the guard refused the update).
     """
     rng = jax.random.fold_in(state.rng, state.step)
-    sums, grads = _summed_gradients(
-        objective, state.params, frozen, batch, rng, num_micro_batches=num_micro_batches
-    )
+    options = dict(num_micro_batches=num_micro_batches, has_dropout=has_dropout)
+    sums, grads = _summed_gradients(objective, state.params, frozen, batch, rng, **options)
     weight = jnp.maximum(sums["loss"][1], 1e-8)
     grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
     metrics = {name: total / jnp.maximum(w, 1e-8) for name, (total, w) in sums.items()}
@@ -97,6 +99,7 @@ def _summed_gradients(
     rng: Array,
     *,
     num_micro_batches,
+    has_dropout,
 ) -> tuple[Sums, Params]:
     """The sums of `objective` over the batch, and the gradient of the sum of the loss."""
 
@@ -127,7 +130,8 @@ def _summed_gradients(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         return jax.lax.scan(add_one, zeros, indexed)[0]
 
-    return _by_replica(add_all, batch, rng)
+    # Masks drawn by each replica for itself would be others on another mesh.
+    return add_all(batch, rng) if has_dropout else _by_replica(add_all, batch, rng)
 
 
 def _by_replica(add_all: Callable, batch: Batch, rng: Array) -> tuple[Sums, Params]:
@@ -138,13 +142,13 @@ def _by_replica(add_all: Callable, batch: Batch, rng: Array) -> tuple[Sums, Para
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["replica"] == 1:
         return add_all(batch, rng)
-
-    def one_replica(batch, rng):
-        rng = jax.random.fold_in(rng, jax.lax.axis_index("replica"))
-        return jax.lax.psum(add_all(batch, rng), "replica")
-
-    specs = dict(in_specs=(P("replica"), P()), out_specs=P(), axis_names={"replica"})
-    return jax.shard_map(one_replica, **specs, check_vma=False)(batch, rng)
+    return jax.shard_map(
+        lambda batch, rng: jax.lax.psum(add_all(batch, rng), "replica"),
+        in_specs=(P("replica"), P()),
+        out_specs=P(),
+        axis_names={"replica"},
+        check_vma=False,
+    )(batch, rng)
 
 
 def _judge(

@@ -26,6 +26,7 @@ from easylm_jax.data.source import DataConfig, make_source
 from easylm_jax.measurements import EvalConfig, Measurements
 from easylm_jax.mesh import check_divides, make_mesh
 from easylm_jax.metrics import MetricLog
+from easylm_jax.models.attention_choice import check_attention
 from easylm_jax.models.llama import PARAM_RULES, LlamaConfig, make_forward
 from easylm_jax.models.lora import LoraConfig, trainable, with_adapter_dropout
 from easylm_jax.models.quantized import num_parameters
@@ -99,9 +100,9 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         mesh = make_mesh(cfg.mesh)
         stack.enter_context(jax.set_mesh(mesh))
         micro_rows = cfg.batch_size // cfg.micro_batches
-        check_divides(
-            mesh, rows=micro_rows, seq_len=cfg.seq_len, num_kv_heads=cfg.model.num_kv_heads
-        )
+        sizes = dict(seq_len=cfg.seq_len, num_kv_heads=cfg.model.num_kv_heads)
+        check_divides(mesh, rows=micro_rows, **sizes)
+        check_attention(cfg.model.attention, **sizes)
         tokenizer = loading.find_tokenizer(cfg.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)
         template = loading.training_template(cfg.data.chat, cfg.tokenizer, tokenizer)
@@ -172,6 +173,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
             optimizer=optimizer,
             num_micro_batches=cfg.micro_batches,
             guard=cfg.guard,
+            has_dropout=model.has_dropout,
         )
 
         # ---- what is written and shown ----

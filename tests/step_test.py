@@ -45,13 +45,14 @@ def uneven_batch():
     return batch.replace(weights=batch.weights * jnp.asarray(scale, jnp.float32))
 
 
-def run(optimizer, state, batch, *, num_micro_batches=1, guard=None, objective=OBJECTIVE):
+def run(optimizer, state, batch, *, guard=None, objective=OBJECTIVE, **options):
+    options = dict(num_micro_batches=1, has_dropout=False) | options
     step = functools.partial(
         train_step,
         objective=objective,
         optimizer=optimizer,
-        num_micro_batches=num_micro_batches,
         guard=guard or GuardConfig(),
+        **options,
     )
     return jax.jit(step)(state, batch)
 
@@ -65,14 +66,14 @@ def on_one_device():
     return run(optimizer, new_state(optimizer), uneven_batch())
 
 
-def on_mesh(spec: str, optimizer, num_micro_batches: int):
+def on_mesh(spec: str, optimizer, num_micro_batches: int, **options):
     """The step as `train.py` runs it: state and batch placed by the rules, mesh set."""
     mesh = make_mesh(spec)
     batch = to_global(jax.tree.map(np.asarray, uneven_batch()), mesh, 32)
     with jax.set_mesh(mesh):
         state = new_state(optimizer)
         state = jax.device_put(state, tree_shardings(state, mesh, PARAM_RULES))
-        return run(optimizer, state, batch, num_micro_batches=num_micro_batches)
+        return run(optimizer, state, batch, num_micro_batches=num_micro_batches, **options)
 
 
 def slow(*values):
@@ -252,6 +253,14 @@ def test_the_key_differs_between_steps_and_micro_batches_and_repeats_with_the_se
     assert first == [*losses(0)] and len({*first, *losses(1)}) == 6
 
 
+@pytest.mark.slow
+def test_dropout_draws_the_same_with_replicas_in_micro_batches():
+    config = tiny_config(residual_dropout=(0.3, 0.3))
+    options = dict(objective=cross_entropy(make_forward(config)), has_dropout=True)
+    states = [on_mesh(s, gradient_recorder(), 2, **options)[0] for s in ("1,8,1,1", "2,4,1,1")]
+    assert_close(*(state.opt_state for state in states), rtol=1e-5)  # the gradients
+
+
 def test_replicas_meet_once_a_step_and_not_in_every_micro_batch():
     """Read off the compiled program: what crosses from replica to replica is outside all loops."""
     mesh, optimizer = make_mesh("2,4,1,1"), gradient_recorder()
@@ -260,7 +269,8 @@ def test_replicas_meet_once_a_step_and_not_in_every_micro_batch():
         state = new_state(optimizer)
         state = jax.device_put(state, tree_shardings(state, mesh, PARAM_RULES))
         options = dict(objective=OBJECTIVE, optimizer=optimizer, guard=GuardConfig())
-        step = jax.jit(functools.partial(train_step, num_micro_batches=4, **options))
+        options |= dict(num_micro_batches=4, has_dropout=False)
+        step = jax.jit(functools.partial(train_step, **options))
         text = step.lower(state, batch).compile().as_text()
     found = collectives(text, mesh.shape)
     times = [{c.times for c in found if (axis in c.axes)} for axis in ("replica", "fsdp")]

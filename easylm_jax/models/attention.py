@@ -6,23 +6,18 @@ Query t sees key s when both lie in the same segment (0 is padding and is never 
 positions[s] <= positions[t], and when s is inside the sliding window if there is one. A query that
 sees nothing gets zeros. Query head n reads key/value head n // G, G = N / K.
 
-`reference`, here, forms the whole [T, S] matrix and is differentiated by JAX; it is what the others
-are tested against. They mean the same; attention_choice.py says which runs, and attention_mesh.py
-how rows and heads are split over devices.
+All implementations mean the same: attention_choice.py says which runs, attention_reference.py is
+the definition in four lines of algebra, attention_mesh.py splits rows and heads over devices.
 """
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
 from easylm_jax.array_types import Keys, PRNGKey, Queries
 from easylm_jax.models.attention_choice import check_choice, choose
-from easylm_jax.models.attention_mask import MASKED, visible
 from easylm_jax.models.attention_mesh import on_each_device
-from easylm_jax.models.remat import tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,30 +53,10 @@ def attention(
     The rows must be in order: a key that lies later in the row than a query is one the query must
     not see. Query t lies where key t does, or with a cache where key `cache_index` + t does.
     Attention dropout draws other numbers on another mesh; everything else is the same on all.
+    `splash` and `tokamax` know rows, not positions: each document must be one run of tokens.
     """
     cached = cache_index is not None
-    run, across = choose(config, _reference, cached=cached, num_queries=q_BTNH.shape[1])
+    run, across = choose(config, cached=cached, num_queries=q_BTNH.shape[1])
     ids = (q_segments, k_segments, q_positions, k_positions)
     start = cache_index if cached else 0
     return on_each_device(run, q_BTNH, k_BSKH, v_BSKH, ids, start, dropout_key, across=across)
-
-
-def _reference(
-    q_BTNH, k_BSKH, v_BSKH, q_seg, k_seg, q_pos, k_pos, first_row, key, *, window, dropout
-):
-    """The definition, in four lines of algebra; the mask alone decides, not `first_row`."""
-    del first_row
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    mask = visible(q_seg, k_seg, q_pos, k_pos, window)[:, None, None]
-    probs = jax.nn.softmax(jnp.where(mask, scores, MASKED)) * mask
-    if key is not None:
-        keep = jax.random.bernoulli(key, 1 - dropout, probs.shape)
-        probs = probs * keep / (1 - dropout)
-    out = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", probs.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32
-    )
-    out_BTNH = out.reshape(B, T, N, H).astype(q_BTNH.dtype)
-    return tag(out_BTNH, "attention_out")

@@ -12,10 +12,13 @@ from typing import Any
 import jax
 
 from easylm_jax.array_types import Queries
+from easylm_jax.models.attention_mesh import check_splits
+from easylm_jax.models.attention_reference import reference
 from easylm_jax.models.blockwise import blockwise
 from easylm_jax.models.decoding import attend_one_query
 
 IMPLEMENTATIONS = ("blockwise", "reference", "splash", "tokamax")
+PLATFORMS = {"splash": "tpu", "tokamax": "gpu"}  # the others run everywhere
 ACROSS_SEQUENCE = ("gather", "ring", "all_to_all")
 
 Kernel = Callable[..., Queries]
@@ -58,7 +61,16 @@ def check_forgetting(config: Any, fcm_max_ratio: float) -> None:
         )
 
 
-def choose(config: Any, reference: Kernel, *, cached: bool, num_queries: int) -> tuple[Kernel, str]:
+def check_attention(config: Any, *, seq_len: int, num_kv_heads: int) -> None:
+    """Raise ValueError for what `attention` would refuse on the mesh that is set: the trainer asks
+    before it touches anything."""
+    if config.implementation in PLATFORMS:
+        check_platform(config.implementation)
+    mesh = jax.sharding.get_abstract_mesh()
+    check_splits(mesh.shape, seq_len, num_kv_heads, config.across_sequence)
+
+
+def choose(config: Any, *, cached: bool, num_queries: int) -> tuple[Kernel, str]:
     """The kernel of a call, and how its queries are split over mesh axis `sequence`.
 
     That is a name of ACROSS_SEQUENCE, or "whole" for a single query. Over a cache blockwise or
@@ -105,7 +117,7 @@ def check_platform(name: str) -> None:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    needed = {"splash": "tpu", "tokamax": "gpu"}[name]
+    needed = PLATFORMS[name]
     if platform != needed:
         raise ValueError(
             f"attention implementation {name!r} runs on {needed.upper()}s, but this program is "

@@ -1,4 +1,4 @@
-"""Which keys a query sees, as both implementations of attention mean it."""
+"""Which keys a query sees, as every implementation of attention means it."""
 
 from jax import Array
 from jaxtyping import Int

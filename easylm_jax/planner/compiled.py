@@ -102,6 +102,7 @@ def lower_step(case: Case, mesh: Mesh) -> jax.stages.Lowered:
             objective=cross_entropy(make_forward(model)),
             optimizer=optimizer,
             num_micro_batches=case.micro_batches,
+            has_dropout=case.model.has_dropout,
             guard=GuardConfig(),
         )
         return step.lower(state, Batch(ids, ids, weights, ids, ids))
