@@ -54,13 +54,16 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
     def leaf_sharding(name: str, leaf: Any) -> NamedSharding:
         spec = spec_for(name, leaf.shape, rules)
-        _check_divides(name, leaf.shape, spec, mesh)
+        check_spec(name, leaf.shape, spec, mesh)
         return NamedSharding(mesh, spec)
 
     return map_named(leaf_sharding, tree)
 
 
-def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+def check_spec(
+    name: str, shape: tuple[int, ...], spec: P, mesh: Mesh | jax.sharding.AbstractMesh
+) -> None:
+    """Raise ValueError for a dimension of the leaf `name` that its mesh axes do not divide."""
     for dim, axes in enumerate(spec):
         axes = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
         ways = math.prod(mesh.shape[axis] for axis in axes)

@@ -1,7 +1,8 @@
 """The embedding lookup: a vocabulary that may be split over the mesh, a gradient in float32.
 
 Left to autodiff and the compiler, the gradients of all places of one token would be added up in the
-type of the activations: in bfloat16 the sum of 4,096 ones is 256. Called by llama.py alone.
+type of the activations: in bfloat16 the sum of 4,096 ones is 256. The price: a float32 gradient of the whole table on every
+device until it is summed (1 GB for LLaMA 65B). Called by llama.py alone.
 """
 
 import functools
@@ -15,7 +16,7 @@ from jaxtyping import Float
 
 from easylm_jax.array_types import Hidden, Tokens
 from easylm_jax.mesh import BATCH_AXES
-from easylm_jax.sharding import per_device
+from easylm_jax.sharding import check_spec, per_device
 
 
 def look_up(table_VD: Float[Array, "V D"], tokens: Tokens, dtype: DTypeLike) -> Hidden:
@@ -27,6 +28,7 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Tokens, dtype: DTypeLike) -> 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _rows(dtype, table_VD, tokens)
+    check_spec("embed/embedding", table_VD.shape, P("tensor", None), mesh)
 
     def local(table_VD, tokens_BT):
         ids_BT = tokens_BT - lax.axis_index("tensor") * table_VD.shape[0]
