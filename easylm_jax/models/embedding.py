@@ -1,8 +1,8 @@
 """The embedding lookup: a vocabulary that may be split over the mesh, a gradient in float32.
 
 Left to autodiff and the compiler, the gradients of all places of one token would be added up in the
-type of the activations: in bfloat16 the sum of 4,096 ones is 256. The price: a float32 gradient of the whole table on every
-device until it is summed (1 GB for LLaMA 65B). Called by llama.py alone.
+type of the activations: in bfloat16 the sum of 4,096 ones is 256. The price: a float32 gradient of
+the whole table on every device until it is summed (1 GB for LLaMA 65B). Called by llama.py alone.
 """
 
 import functools
