@@ -32,10 +32,11 @@ class Chip:
     source: str  # of what is not from the family's note below
 
 
-# TPU: peaks, HBM bandwidth and "ICI bandwidth" per chip (in Gbit/s, one direction) are from
-# docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; DCN from the same pages' bandwidth per pod
-# (v5e 6.4 Tbit/s over 256 chips) or network cards per host. `hbm_bytes` is the limit that the
-# compiler itself names when a program does not fit ("Used 20.1G of 15.75G hbm"), where it is here.
+# TPU: peaks, HBM bandwidth and ICI of v4, v5e, v5p and v6e are from docs.cloud.google.com/tpu/docs
+# (v5p: 1,200 GB/s in both directions; v4 has no figure for ICI there), DCN of v5e and v5p too (50
+# Gbit/s a chip for v5p). ICI of v4, DCN of v4 and v6e, all of v2, v3 and tpu7x, and bandwidths of
+# GPUs are as commonly quoted and were not looked up. `hbm_bytes` of v4 to v6e is the limit that the
+# compiler itself names when a program does not fit ("Used 20.1G of 15.75G hbm").
 _TPU = "TPU documentation; HBM limit from the compiler"
 _GPU = "data sheet; 8 GPUs share NVLink; one network card per GPU"
 _CARD = "data sheet; no fast links"
