@@ -159,8 +159,8 @@ def _start_jax(processes: Processes, port: int) -> None:
     except (OSError, jax.errors.JaxRuntimeError) as error:
         why = str(getattr(error, "strerror", None) or error).partition("\n")[0]
         raise ValueError(
-            f"process {processes.index} on host {socket.gethostname()} cannot use jax's own service "
-            f"at {host}:{port} ({why}): it takes a free port of process 0's host beside "
+            f"process {processes.index} on host {socket.gethostname()} cannot use jax's own "
+            f"service at {host}:{port} ({why}): it takes a free port of process 0's host beside "
             f"{processes.address}, so open all TCP ports between the hosts of the run"
         ) from error
 

@@ -3,16 +3,19 @@
 That a run goes on after that is train_multiprocess_test's.
 """
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from easylm_jax import processes as package
 from easylm_jax.processes import DistributedConfig, Processes, find_processes
 from tests import command
 
@@ -69,6 +72,8 @@ def test_the_environment_tells_who_this_is(environment, config, expected, monkey
         (dict.fromkeys(PLAIN, ""), "JAX_COORDINATOR_ADDRESS, JAX_NUM_.*, JAX_PROCESS_ID are not"),
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two' in the environment; .* number"),
         ({"JAX_PROCESS_ID": "4"}, "process_id is 4, but num_processes = 4: it must be 0 to 3"),
+        ({"JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "0"}, "num_processes is 0; .* be 1 or more"),
+        ({"JAX_LOCAL_DEVICE_IDS": "0,a"}, "JAX_LOCAL_DEVICE_IDS is '0,a' .* such as 0,1"),
         ({"JAX_COORDINATOR_ADDRESS": "node1"}, "coordinator_address is 'node1'; .* HOST:PORT"),
     ],
 )
@@ -77,6 +82,123 @@ def test_a_half_set_environment_is_told_what_is_missing(changes, message, monkey
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         find_processes(DistributedConfig(True))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def _gather(number: int, clients):
+    """`clients(connect)` in a thread while process 0 waits; what process 0 learns of the hosts."""
+    processes = Processes(f"127.0.0.1:{_free_port()}", number, 0)
+    opened = []
+
+    def connect(said: bytes) -> socket.socket:
+        port = int(processes.address.rpartition(":")[2])
+        opened.append(package._reach("127.0.0.1", port, time.monotonic() + 10))
+        opened[-1].sendall(said)
+        return opened[-1]
+
+    thread = threading.Thread(target=clients, args=(connect,))
+    thread.start()
+    try:
+        return package._gather(processes, time.monotonic() + 10)[0]._hosts
+    finally:
+        thread.join()
+        for connection in opened:
+            connection.close()
+
+
+def _hello(process, number, host="h") -> bytes:
+    return json.dumps({"process": process, "number": number, "host": host}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"5\n",
+        b'{"process": 1}\n',
+        _hello([1], 3),
+        _hello(True, 3),
+        _hello(0, 3),
+        _hello(-1, 3),
+        _hello(9, 3),
+        _hello(1, 3, host=5),
+        _hello(1, "3"),
+        b"\xff\x00\x16\x03\n",
+        b"[" * 100_000 + b"\n",
+        b"x" * (16 << 20),  # no end: refused before it is all sent
+    ],
+    ids=lambda line: repr(line[:40]),
+)
+def test_who_says_something_odd_is_sent_away_and_the_others_meet(line):
+    ended = []
+
+    def clients(connect):
+        try:
+            odd = connect(line)
+            odd.settimeout(3)
+            ended.append(odd.recv(1) == b"")
+        except (ConnectionError, TimeoutError) as error:
+            ended.append(isinstance(error, ConnectionError))
+        for process in (1, 2):
+            connect(_hello(process, 3, f"host{process}"))
+
+    assert _gather(3, clients) == [socket.gethostname(), "host1", "host2"]
+    assert ended == [True]
+
+
+def test_a_line_that_trickles_is_not_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        link = package._Link(server.accept()[0])
+    over = threading.Event()
+
+    def trickle():
+        while not over.wait(0.05):
+            sender.sendall(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    threading.Timer(2, over.set).start()
+    assert link.receive(time.monotonic() + 0.2) is None
+    assert not over.is_set()
+    over.set()
+    thread.join()
+    link.close()
+    sender.close()
+
+
+def test_one_that_died_while_it_waited_may_come_again():
+    def clients(connect):
+        connect(_hello(1, 3, "before")).close()
+        connect(_hello(1, 3, "after"))
+        connect(_hello(2, 3, "other"))
+
+    assert _gather(3, clients) == [socket.gethostname(), "after", "other"]
+
+
+def test_two_living_ones_with_one_number_are_refused():
+    with pytest.raises(ValueError, match="two processes say .* process 1, on hosts a and b"):
+        _gather(3, lambda connect: [connect(_hello(1, 3, host)) for host in "ab"])
+
+
+def test_another_number_of_processes_is_told():
+    with pytest.raises(ValueError, match="process 4 on host h says that there are 5 .* are 3"):
+        _gather(3, lambda connect: connect(_hello(4, 5)))
+
+
+def test_where_jaxs_own_port_is_closed_one_sentence_says_what_to_open(monkeypatch):
+    monkeypatch.setattr(package, "SERVICE_SECONDS", 0.1)
+    monkeypatch.setattr(package.jax.distributed, "initialize", lambda **_: pytest.fail("aborts"))
+    port = _free_port()
+    message = rf"process 1 on host {HOST} cannot use jax's own service at 127.0.0.1:{port} "
+    message += (
+        r"\(Connection refused\): .* port of process 0's host beside 127.0.0.1:1, so open all"
+    )
+    with pytest.raises(ValueError, match=message):
+        package._start_jax(Processes("127.0.0.1:1", 2, 1), port)
 
 
 PROGRAM = """
