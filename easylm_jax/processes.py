@@ -161,7 +161,8 @@ def _start_jax(processes: Processes, port: int) -> None:
         raise ValueError(
             f"process {processes.index} on host {socket.gethostname()} cannot use jax's own "
             f"service at {host}:{port} ({why}): it takes a free port of process 0's host beside "
-            f"{processes.address}, so open all TCP ports between the hosts of the run, and start again"
+            f"{processes.address}, so open all TCP ports between the hosts of the run, and "
+            "start again"
         ) from error
 
 
