@@ -120,7 +120,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             if not (is_for_user(error) or _is_from_parsing(error)):
                 raise  # a bug in a config file
-            _exit_with(f"the command line is not understood: {error}")
+            _exit_with(f"the command line is not understood: {_without_trace(error)}")
 
     logging.set_verbosity(logging.WARNING)  # `--verbosity=0` shows what the libraries tell
     app.run(guarded, flags_parser=parse)
@@ -136,6 +136,13 @@ def is_for_user(error: Exception) -> bool:
     # config_flags raises OSErrors of its own when it cannot load a config file.
     refused = isinstance(error, OSError) and (error.errno or folder.name == "config_flags")
     return ours or bool(refused)
+
+
+def _without_trace(error: Exception) -> str:
+    """The message; ml_collections writes the whole trace of a config file's ValueError into it."""
+    first, *_, last = str(error).rstrip().splitlines() or ("", "")
+    refused = "parsing config file" in first and last.startswith("ValueError: ")
+    return last.removeprefix("ValueError: ") if refused else str(error)
 
 
 def _is_from_parsing(error: Exception) -> bool:

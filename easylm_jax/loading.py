@@ -109,7 +109,8 @@ def load(
     )
     mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or "1,-1,1,1")
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    check_divides(mesh, rows=ways, seq_len=mesh.shape["sequence"], num_kv_heads=config.num_kv_heads)
+    whole = dict(rows=ways, seq_len=mesh.shape["sequence"], num_kv_heads=config.num_kv_heads)
+    check_divides(mesh.shape, **whole)
     text = opened.tokenizer() if opened.tokenizer else None
     if text:
         check_vocabulary(text, config.vocab_size)

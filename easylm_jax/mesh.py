@@ -9,7 +9,7 @@ them. A spec may say which part of an axis goes over which: "fsdp:-1@replica:2".
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -132,23 +132,23 @@ def _split_by(
     )
 
 
-def check_divides(mesh: Mesh, *, rows: int, seq_len: int, num_kv_heads: int) -> None:
-    """Raise ValueError unless `rows` rows of `seq_len` tokens, and the heads, split over the mesh.
+def check_divides(sizes: Mapping[str, int], *, rows: int, seq_len: int, num_kv_heads: int) -> None:
+    """Raise ValueError unless rows, tokens and heads split over a mesh of `sizes`.
 
     Parameters are checked against their rules, in `sharding.py`.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = math.prod(sizes[axis] for axis in BATCH_AXES)
     if rows % ways:
         fit = max(rows // ways, 1) * ways
         raise ValueError(
             f"{rows} rows per micro-batch do not split over replica x fsdp = {ways}; {rows % ways} "
             f"are left over; use {fit} or {fit + ways} rows, or a smaller fsdp"
         )
-    if seq_len % mesh.shape["sequence"]:
+    if seq_len % sizes["sequence"]:
         raise ValueError(
-            f"rows of {seq_len} tokens do not split over sequence = {mesh.shape['sequence']}"
+            f"rows of {seq_len} tokens do not split over sequence = {sizes['sequence']}"
         )
-    if num_kv_heads % (ways := mesh.shape["tensor"]):
+    if num_kv_heads % (ways := sizes["tensor"]):
         raise ValueError(
             f"num_kv_heads = {num_kv_heads} do not split over mesh axis tensor = {ways}; use "
             f"tensor = {math.gcd(num_kv_heads, ways)} and more of fsdp or sequence"

@@ -66,6 +66,7 @@ def make_plan(case: Case, topology: Topology, *, compiles: bool = True) -> Plan:
       ValueError: the case cannot run on the topology at all, for another reason than memory.
     """
     sizes = parse_mesh(case.mesh, topology.num_chips)
+    case.check_divides(sizes)
     compiled = compile_step(case, topology) if compiles else None
     speed = roofline.roofline(case, topology) if topology.chip.peak_flops else None
     return Plan(case, topology, memory.estimate(case, sizes), speed, compiled)

@@ -101,7 +101,7 @@ def train(cfg: TrainConfig, workdir: str) -> None:
         stack.enter_context(jax.set_mesh(mesh))
         micro_rows = cfg.batch_size // cfg.micro_batches
         sizes = dict(seq_len=cfg.seq_len, num_kv_heads=cfg.model.num_kv_heads)
-        check_divides(mesh, rows=micro_rows, **sizes)
+        check_divides(mesh.shape, rows=micro_rows, **sizes)
         check_attention(cfg.model.attention, **sizes)
         tokenizer = loading.find_tokenizer(cfg.tokenizer)
         check_vocabulary(tokenizer, cfg.model.vocab_size)

@@ -102,15 +102,15 @@ def test_parts_that_are_not_there_are_told_how_many_are(two_slices):
 
 def test_batches_that_do_not_split_are_refused_with_what_fits():
     mesh = make_mesh("2,2,2,1")
-    check_divides(mesh, num_kv_heads=8, rows=12, seq_len=10)
+    check_divides(mesh.shape, num_kv_heads=8, rows=12, seq_len=10)
     with pytest.raises(
         ValueError, match="10 rows .* replica x fsdp = 4; 2 are left over; use 8 or 12"
     ):
-        check_divides(mesh, num_kv_heads=8, rows=10, seq_len=10)
+        check_divides(mesh.shape, num_kv_heads=8, rows=10, seq_len=10)
     with pytest.raises(ValueError, match="3 rows .*; 3 are left over; use 4 or 8"):
-        check_divides(mesh, num_kv_heads=8, rows=3, seq_len=10)
+        check_divides(mesh.shape, num_kv_heads=8, rows=3, seq_len=10)
     with pytest.raises(ValueError, match="rows of 11 tokens do not split over sequence = 2"):
-        check_divides(mesh, num_kv_heads=8, rows=12, seq_len=11)
+        check_divides(mesh.shape, num_kv_heads=8, rows=12, seq_len=11)
 
 
 def test_heads_that_do_not_split_are_refused_with_what_fits():
@@ -119,4 +119,4 @@ def test_heads_that_do_not_split_are_refused_with_what_fits():
     with pytest.raises(
         ValueError, match="num_kv_heads = 6 do not split .* tensor = 4; use tensor = 2"
     ):
-        check_divides(mesh, num_kv_heads=6, rows=2, seq_len=10)
+        check_divides(mesh.shape, num_kv_heads=6, rows=2, seq_len=10)

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 
+from easylm_jax import mesh
 from easylm_jax.models.llama import LlamaConfig
 from easylm_jax.optim import OptimConfig
 
@@ -23,3 +25,9 @@ class Case:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len
+
+    def check_divides(self, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError unless rows, tokens and heads split over a mesh of `sizes`."""
+        rows = self.batch_size // self.micro_batches
+        heads = self.model.num_kv_heads
+        mesh.check_divides(sizes, rows=rows, seq_len=self.seq_len, num_kv_heads=heads)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from easylm_jax.batch import Batch
-from easylm_jax.mesh import check_divides, make_mesh
+from easylm_jax.mesh import make_mesh
 from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import make_optimizer
@@ -83,12 +83,7 @@ def compile_step(case: Case, topology: Topology) -> Compiled:
 def lower_step(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     """The step of `case` over `mesh`, lowered from shapes with shardings."""
     model = case.model
-    check_divides(
-        mesh,
-        rows=case.batch_size // case.micro_batches,
-        seq_len=case.seq_len,
-        num_kv_heads=model.num_kv_heads,
-    )
+    case.check_divides(mesh.shape)
     optimizer = make_optimizer(case.optim, lambda step: case.optim.lr)
     make = functools.partial(init_state, functools.partial(init_params, model), optimizer, 0)
     with jax.set_mesh(mesh):
