@@ -288,6 +288,8 @@ def show(
     Raises:
       ValueError: the case does not fit, or nothing does: says what would.
     """
+    if compiles and sys.stderr.isatty():
+        print(f"compiling for {topology}, which takes a minute or more", file=sys.stderr)
     if searches:
         plans = find(case, topology, compiles=compiles)
         if not plans:
