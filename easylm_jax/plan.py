@@ -165,7 +165,7 @@ def as_text(plan: Plan) -> str:
     case, topology = plan.case, plan.topology
     mesh = " x ".join(f"{k} {v}" for k, v in parse_mesh(case.mesh, topology.num_chips).items())
     head = (
-        f"{memory.weights(case.model).total / 1e9:.2f}B parameters, {case.batch_size:,} rows of "
+        f"{memory.weights(case.model).total:,} parameters, {case.batch_size:,} rows of "
         f"{case.seq_len:,} tokens in {case.micro_batches} micro-batches\n"
         f"{topology}: {topology.num_chips:,} chips, mesh {mesh}\n"
         f"remat {case.model.remat}, attention {case.model.attention.implementation}"
