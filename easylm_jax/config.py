@@ -140,9 +140,10 @@ def is_for_user(error: Exception) -> bool:
 
 def _without_trace(error: Exception) -> str:
     """The message; ml_collections writes the whole trace of a config file's ValueError into it."""
-    first, *_, last = str(error).rstrip().splitlines() or ("", "")
-    refused = "parsing config file" in first and last.startswith("ValueError: ")
-    return last.removeprefix("ValueError: ") if refused else str(error)
+    lines = str(error).rstrip().splitlines()
+    refused = len(lines) > 1 and "parsing config file" in lines[0]
+    last = lines[-1] if refused else ""
+    return last.removeprefix("ValueError: ") if last.startswith("ValueError: ") else str(error)
 
 
 def _is_from_parsing(error: Exception) -> bool:

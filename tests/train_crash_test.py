@@ -139,6 +139,7 @@ WRONG = [
     (["--config.data.packing=best"], r"config.data.packing = 'best' is not one of 'stream', .*"),
     (["stray"], r"arguments \['stray'\] are not understood; .*"),
     (["--config=configs/none.py"], r"the config file cannot be loaded: .*'configs/none.py'"),
+    (["--config=configs/llama_pretrain.py:99b"], r".*: unknown model .llama_99b.; near it: .*"),
     (["--workdir=/proc/none"], r"workdir /proc/none cannot be written \(.*\): pass another .*"),
     (["--workdir="], r"--config and --workdir are needed, such as .*"),
     (["--config.mesh=1,3,1,1"], r"mesh '1,3,1,1' needs 3 devices, but there are 1; .*"),

@@ -12,7 +12,7 @@ from easylm_jax.batch import Batch
 from easylm_jax.models.attention import AttentionConfig
 from easylm_jax.models.llama import LlamaConfig, init_params
 from easylm_jax.models.remat import ALIASES, NAMES, POLICIES, parse_policy, tag
-from easylm_jax.plan import gradient, saved_arrays
+from easylm_jax.planner.remat import gradient, saved_arrays
 
 B, T, D, N, K, H, F, L = 2, 24, 32, 4, 2, 10, 56, 2  # every width its own number
 CONFIG = LlamaConfig(
