@@ -242,7 +242,7 @@ def _candidates_text(plans: Sequence[Plan]) -> str:
 
 
 def _gib(num_bytes: float) -> str:
-    return _short(num_bytes / GIB)
+    return "<0.001" if 0 < num_bytes < GIB / 1000 else _short(num_bytes / GIB)
 
 
 def _short(number: float) -> str:
