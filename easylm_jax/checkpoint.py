@@ -199,7 +199,11 @@ class Checkpointer:
             # This order: killed half way, it is still whole, or it is not a checkpoint.
             (path / ORBAX_COMMIT).unlink(missing_ok=True)
             (path / COMMIT).unlink(missing_ok=True)
-            path.rmtree(missing_ok=True)
+            try:
+                path.rmtree(missing_ok=True)
+            except OSError:  # threads of a failed save may still write there: the next sweep
+                if not is_temporary:
+                    raise
 
     # Reading
 
