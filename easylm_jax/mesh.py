@@ -87,13 +87,14 @@ def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     within, across = (tuple(part.values()) for part in _parse_parts(spec, len(devices)))
     how = dict(allow_split_physical_axes=spec.startswith("!"))
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
-    if slices > 1 and "@" not in spec:
+    parts = math.prod(across)
+    if slices > 1 and parts == 1:
         raise ValueError(
             f"mesh {spec!r} does not say what lies across the {slices} TPU slices; write it after "
             f"an @, such as 'fsdp:-1@replica:{slices}'"
         )
     try:
-        if "@" not in spec:
+        if parts == 1:
             grid = mesh_utils.create_device_mesh(within, devices, **how)
         else:
             by_process = _split_by(spec, within, across, devices) == "process_index"

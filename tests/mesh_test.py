@@ -61,6 +61,7 @@ def test_a_mesh_holds_every_device_once():
     assert mesh.axis_names == AXES and mesh.devices.shape == (2, 2, 1, 2)
     assert set(mesh.devices.flat) == set(jax.devices())
     assert make_mesh("1,2,1,1", jax.devices()[:2]).size == 2
+    assert make_mesh("2,2,1,2@1,1,1,1") == mesh  # one part is all of them, on a CPU too
 
 
 @pytest.fixture(scope="module")
