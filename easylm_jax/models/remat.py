@@ -66,7 +66,7 @@ def parse_policy(spec: str) -> dict[str, str] | None:
             f"unknown remat policy {spec!r}; near it: {', '.join(near)}; or write a map such as "
             "'q:keep,gate:offload'"
         )
-    actions = dict.fromkeys(NAMES, "recompute")
+    actions: dict[str, str] = {}
     for field in spec.split(","):
         name, _, action = field.strip().partition(":")
         if name not in NAMES or action not in ACTIONS:
@@ -74,8 +74,10 @@ def parse_policy(spec: str) -> dict[str, str] | None:
                 f"remat map {spec!r}: {field!r} is not name:action with a name of "
                 f"{', '.join(NAMES)} and an action of {', '.join(ACTIONS)}"
             )
+        if name in actions:
+            raise ValueError(f"remat map {spec!r} names {name} twice; leave one of them")
         actions[name] = action
-    return actions
+    return dict.fromkeys(NAMES, "recompute") | actions
 
 
 def jax_policy(actions: dict[str, str]) -> Callable[..., Any]:

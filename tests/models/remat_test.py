@@ -140,6 +140,7 @@ def test_easylm_names_mean_what_remat_py_says():
         ("q:store", "'q:store' .* keep, recompute, offload"),
         ("q:keep,", "'' is not name:action"),
         ("q,k:keep", "'q' is not name:action"),
+        ("q:offload,q:keep", "'q:offload,q:keep' names q twice"),
     ],
 )
 def test_a_wrong_policy_is_named(spec, words):
