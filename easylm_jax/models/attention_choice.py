@@ -35,6 +35,18 @@ def check_choice(config: Any) -> None:
         raise ValueError(
             f"unknown attention.across_sequence {across!r}; there are {', '.join(ACROSS_SEQUENCE)}"
         )
+    if min(config.block_q, config.block_k) < 1:
+        raise ValueError(
+            "attention.block_q and block_k are numbers of rows, 1 or more, got "
+            f"{config.block_q} and {config.block_k}; 256 for both is the default"
+        )
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise ValueError(
+            f"attention.sliding_window is a number of tokens, 1 or more, got "
+            f"{config.sliding_window}; None is no window"
+        )
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"attention.dropout is at least 0 and below 1, got {config.dropout}")
     if across == "ring" and name != "blockwise":
         raise ValueError(
             f"attention.across_sequence = 'ring' works with implementation = 'blockwise' alone, "

@@ -254,6 +254,11 @@ def test_a_cache_is_served_by_gathered_keys_whatever_trains():
         (dict(implementation="splash", dropout=0.1), "splash kernel has no attention dropout, got"),
         (dict(implementation="tokamax", dropout=0.1), "tokamax kernel has no attention dropout"),
         (dict(implementation="splash", block_k=200), "multiples of 128, got 256 and 200"),
+        (dict(block_q=0), "block_q and block_k are numbers of rows, 1 or more, got 0 and 256"),
+        (dict(block_k=-8), "1 or more, got 256 and -8"),
+        (dict(sliding_window=0), "sliding_window is a number of tokens, 1 or more, got 0; None"),
+        (dict(dropout=1.0), "dropout is at least 0 and below 1, got 1.0"),
+        (dict(dropout=-0.1), "dropout is at least 0 and below 1, got -0.1"),
     ],
 )
 def test_a_choice_that_nothing_could_serve_is_one_sentence(options, sentence):
