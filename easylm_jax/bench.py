@@ -13,15 +13,30 @@ import dataclasses
 import json
 import os
 import resource
+from collections.abc import Callable
 
 import jax
+
+from easylm_jax.config import is_for_user
 
 WORKS = ("small", "long", "1b", "7b", "decode")
 CHANGES = ("dtype", "remat", "batch", "micro_batches", "seq_len", "layers", "state_dtype")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The argparse type of whole numbers that are not smaller."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
+        return int(text)
+
+    return number
+
+
 def main() -> None:
     """Parse the arguments, run, print."""
+    count = at_least(1)
     parser = argparse.ArgumentParser(
         prog="python -m easylm_jax.bench",
         description=__doc__.splitlines()[0],
@@ -30,26 +45,32 @@ def main() -> None:
     add = parser.add_argument
     add("--work", choices=WORKS, default="small", help="training, or `decode`")
     add("--mesh", default="1,-1,1,1", help="replica,fsdp,sequence,tensor")
-    add("--steps", type=int, default=5, help="timed steps")
+    add("--steps", type=count, default=5, help="timed steps")
     add("--json", action="store_true", help="one JSON line instead of a table")
     own = parser.add_argument_group("instead of what the work has by itself")
     own.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products")
-    own.add_argument("--batch", type=int, help="rows")
-    own.add_argument("--seq_len", type=int, help="tokens per row")
-    own.add_argument("--layers", type=int, help="for a quick look")
+    own.add_argument("--batch", type=count, help="rows")
+    own.add_argument("--seq_len", type=count, help="tokens per row")
+    own.add_argument("--layers", type=count, help="for a quick look")
     own.add_argument("--remat", help="policy of models/remat.py")
-    own.add_argument("--micro_batches", type=int, help="parts whose gradients a step adds up")
-    own.add_argument("--state_dtype", help="of AdamW's moments: float32, bfloat16 or int8")
+    own.add_argument("--micro_batches", type=count, help="parts whose gradients a step adds up")
+    types = ("float32", "bfloat16", "int8")
+    own.add_argument("--state_dtype", choices=types, help="of AdamW's moments")
     own.add_argument(
         "--attention", help="tokamax on GPU, splash on TPU, blockwise on CPU, or other"
     )
     add("--profile", help="training: folder for a profile of one step, and a table of its parts")
     add("--model", help="decode: path of a model, of any format")
-    add("--prompt", type=int, default=512, help="decode: tokens to read, per row")
-    add("--new", type=int, default=128, help="decode: tokens to write, per row")
-    add("--chunk", type=int, default=8, help="decode: tokens per dispatch")
+    add("--prompt", type=count, default=512, help="decode: tokens to read, per row")
+    add("--new", type=at_least(2), default=128, help="decode: tokens to write, per row")
+    add("--chunk", type=count, default=8, help="decode: tokens per dispatch")
     options = parser.parse_args()
-    result = _decode(options) if options.work == "decode" else _train(options)
+    try:
+        result = _decode(options) if options.work == "decode" else _train(options)
+    except (ValueError, OSError) as error:
+        if not is_for_user(error):
+            raise
+        parser.exit(2, f"error: {error}\n")
     result |= {
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "device": jax.devices()[0].device_kind,
@@ -67,10 +88,10 @@ def main() -> None:
 
 
 def _decode(options: argparse.Namespace) -> dict[str, str | int | float]:
+    if not options.model:
+        raise ValueError("--work=decode needs --model=PATH")
     from easylm_jax import bench_decode
 
-    if not options.model:
-        raise SystemExit("error: --work=decode needs --model=PATH")
     return bench_decode.run(
         model=options.model,
         dtype=options.dtype or "float32",
@@ -90,8 +111,8 @@ def _train(options: argparse.Namespace) -> dict[str, str | int | float | dict[st
     changes = {name: value for name, value in given.items() if value is not None}
     work = dataclasses.replace(bench_train.WORKS[options.work], **changes)
     if work.batch % work.micro_batches:
-        raise SystemExit(
-            f"error: {work.batch} rows do not split into {work.micro_batches} micro-batches; "
+        raise ValueError(
+            f"{work.batch} rows do not split into {work.micro_batches} micro-batches; "
             "change --batch or --micro_batches"
         )
     settings = {name: getattr(options, name) for name in ("mesh", "steps", "attention", "profile")}

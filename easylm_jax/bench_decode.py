@@ -47,7 +47,7 @@ def run(
     with jax.set_mesh(lm.mesh):
         shards = num_row_shards()
     if rows % shards:
-        raise SystemExit(f"error: {rows} rows do not split over {shards} devices; change --batch")
+        raise ValueError(f"{rows} rows do not split over {shards} devices; change --batch")
     tokens, lengths = pad_prompts(ids.tolist())
     settings = make_settings(
         SamplingConfig(temperature=0.0),

@@ -16,8 +16,9 @@ import numpy as np
 from easylm_jax.batch import Batch
 from easylm_jax.bench_peak import matmul_peak
 from easylm_jax.bench_profile import breakdown
-from easylm_jax.mesh import make_mesh
+from easylm_jax.mesh import check_divides, make_mesh
 from easylm_jax.metrics import flops_per_token, memory_stats, peak_flops
+from easylm_jax.models.attention_choice import check_attention
 from easylm_jax.models.llama import (
     PARAM_RULES,
     LlamaConfig,
@@ -69,13 +70,17 @@ def run(
     device = jax.devices()[0]
     kernel = attention or KERNEL_OF_PLATFORM[device.platform]
     config = model_config(work, kernel)
+    device_mesh = make_mesh(mesh)
+    size = dict(seq_len=work.seq_len, num_kv_heads=config.num_kv_heads)
+    check_divides(device_mesh.shape, rows=work.batch // work.micro_batches, **size)
+    with jax.set_mesh(device_mesh):
+        check_attention(config.attention, **size)
     tokens_per_step = work.batch * work.seq_len
     on_cpu = device.platform == "cpu"
     peak = matmul_peak(config, tokens_per_step // work.micro_batches) if on_cpu else None
 
     optimizer = make_optimizer(OptimConfig(state_dtype=work.state_dtype), lambda step: 3e-4)
     make = functools.partial(init_state, functools.partial(init_params, config), optimizer, 0)
-    device_mesh = make_mesh(mesh)
     with jax.set_mesh(device_mesh):
         shardings = jax.tree.map(
             lambda x: x.sharding, abstract_state(make, device_mesh, PARAM_RULES)

@@ -23,6 +23,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from easylm_jax.bench import at_least
 from easylm_jax.config import from_config_dict, run_main
 from easylm_jax.mesh import parse_mesh
 from easylm_jax.models.llama import LlamaConfig
@@ -313,9 +314,9 @@ def remat_main(arguments: Sequence[str]) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default="7b", help="name in models/presets.py (default: 7b)")
     which.add_argument("--config", metavar="FILE.py[:ARG]", help="take the model of this config")
-    add("--layers", type=int, default=2, help="layers to compile, 2 or more (default: 2)")
-    add("--batch", type=int, default=1, help="rows on one device (default: 1)")
-    add("--seq_len", type=int, default=2048, help="tokens per row (default: 2048)")
+    add("--layers", type=at_least(2), default=2, help="layers to compile, 2 or more (default: 2)")
+    add("--batch", type=at_least(1), default=1, help="rows on one device (default: 1)")
+    add("--seq_len", type=at_least(1), default=2048, help="tokens per row (default: 2048)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of activations")
     add(
         *("--policies", "-p"),

@@ -126,12 +126,30 @@ def test_the_command_changes_what_it_is_told_to_and_nothing_else(monkeypatch, ca
     assert WORKS["7b"].batch == 3
 
 
-def test_rows_that_do_not_split_are_told_in_one_sentence(monkeypatch):
-    monkeypatch.setattr(sys, "argv", "bench --work=small --batch=6".split())
-    with pytest.raises(
-        SystemExit, match="6 rows do not split into 4 micro-batches; change --batch"
-    ):
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("--batch=6", "error: 6 rows do not split into 4 micro-batches; change --batch"),
+        ("--mesh=1,-1,1,1", "2 rows per micro-batch do not split over replica x fsdp = 8"),
+        ("--mesh=3,1,1,1", "error: mesh '3,1,1,1' needs 3 devices, but there are 8"),
+        ("--remat=foo", "error: unknown remat policy 'foo'"),
+        ("--attention=foo", "error: unknown attention implementation 'foo'"),
+        ("--mesh=8,1,1,1 --batch=32 --attention=splash", "'splash' runs on TPUs, but"),
+        ("--state_dtype=int7", "--state_dtype: invalid choice: 'int7'"),
+        *((f"--{n}=0", f"--{n}: expected 1 or more, got 0") for n in ("layers", "steps", "batch")),
+        ("--micro_batches=-1", "--micro_batches: expected 1 or more, got -1"),
+        ("--work=decode", "error: --work=decode needs --model=PATH"),
+        ("--work=decode --model=/nonexistent", "error: /nonexistent is not a checkpoint or model"),
+        ("--work=decode --model=/nonexistent --new=1", "--new: expected 2 or more, got 1"),
+    ],
+)
+def test_what_cannot_be_run_is_one_sentence(monkeypatch, capsys, arguments, sentence):
+    monkeypatch.setattr(bench_train, "matmul_peak", lambda *_: 1.0)
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
         bench.main()
+    *_, last = capsys.readouterr().err.splitlines()  # after argparse's line of usage
+    assert ended.value.code == 2 and sentence in last
 
 
 @pytest.mark.torch
