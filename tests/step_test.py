@@ -4,7 +4,9 @@ Gradients are compared, not Adam's updates: Adam divides by their size and so tu
 of near-zero gradients into full steps.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,14 @@ import optax
 import pytest
 
 from easylm_jax.mesh import make_mesh
-from easylm_jax.models.llama import PARAM_RULES, make_forward
+from easylm_jax.models.llama import PARAM_RULES, init_params, make_forward
 from easylm_jax.objectives import cross_entropy
 from easylm_jax.optim import OptimConfig, make_optimizer
 from easylm_jax.planner.collectives import collectives
 from easylm_jax.sharding import to_global, tree_shardings
 from easylm_jax.step import GuardConfig, train_step
 from easylm_jax.train_state import init_state
-from tests.tiny import assert_close, tiny_batch, tiny_config, tiny_params
+from tests.tiny import BLOCKS, assert_close, tiny_batch, tiny_config, tiny_params
 
 RATE = 0.5
 OBJECTIVE = cross_entropy(make_forward(tiny_config()))
@@ -261,17 +263,44 @@ def test_dropout_draws_the_same_with_replicas_in_micro_batches():
     assert_close(*(state.opt_state for state in states), rtol=1e-5)  # the gradients
 
 
+def what_a_step_sends(axes: str, config, batch, **options):
+    """The collectives of a compiled training step on the mesh `axes`."""
+    devices = jax.devices()[: math.prod(map(int, axes.split(",")))]
+    mesh, optimizer, rows = make_mesh(axes, devices), optax.sgd(RATE), batch.tokens.shape[0]
+    options = dict(num_micro_batches=1, has_dropout=False) | options
+    with jax.set_mesh(mesh):
+        state = init_state(functools.partial(init_params, config), optimizer, 0)
+        state = jax.device_put(state, tree_shardings(state, mesh, PARAM_RULES))
+        objective = cross_entropy(make_forward(config))
+        options |= dict(objective=objective, optimizer=optimizer, guard=GuardConfig())
+        step = jax.jit(functools.partial(train_step, **options))
+        batch = to_global(jax.tree.map(np.asarray, batch), mesh, rows)
+        text = step.lower(state, batch).compile().as_text()
+    return collectives(text, mesh.shape)
+
+
 def test_replicas_meet_once_a_step_and_not_in_every_micro_batch():
     """Read off the compiled program: what crosses from replica to replica is outside all loops."""
-    mesh, optimizer = make_mesh("2,4,1,1"), gradient_recorder()
-    batch = to_global(jax.tree.map(np.asarray, uneven_batch()), mesh, 32)
-    with jax.set_mesh(mesh):
-        state = new_state(optimizer)
-        state = jax.device_put(state, tree_shardings(state, mesh, PARAM_RULES))
-        options = dict(objective=OBJECTIVE, optimizer=optimizer, guard=GuardConfig())
-        options |= dict(num_micro_batches=4, has_dropout=False)
-        step = jax.jit(functools.partial(train_step, **options))
-        text = step.lower(state, batch).compile().as_text()
-    found = collectives(text, mesh.shape)
+    found = what_a_step_sends("2,4,1,1", tiny_config(), uneven_batch(), num_micro_batches=4)
     times = [{c.times for c in found if (axis in c.axes)} for axis in ("replica", "fsdp")]
     assert times[0] == {1} and max(times[1]) >= 4, found
+
+
+@pytest.mark.parametrize("axes, rows", [("1,1,4,1", 4), ("1,2,2,1", 8), ("1,3,1,1", 6)])
+def test_the_backward_pass_gathers_kernels_and_no_activations(axes, rows):
+    """Nor deals them out anew: several rows on a device, an odd number of devices."""
+    attention = dataclasses.replace(BLOCKS, across_sequence="ring")
+    config = tiny_config(d_model=96, d_ff=192, vocab_size=96, attention=attention)
+    found = what_a_step_sends(axes, config, tiny_batch(7, rows=rows, length=32))
+    moved = [c for c in found if c.kind in ("all-gather", "all-to-all")]
+    assert all(c.axes == ("fsdp",) and c.kind == "all-gather" for c in moved), moved
+    # Of one layer in a scan over two: seven kernels forward, again backward; table and head.
+    assert sum(c.times for c in moved) == (0 if axes == "1,1,4,1" else 2 * 7 * 2 + 2), moved
+
+
+def test_gradients_of_table_and_head_are_scattered_before_replicas_meet():
+    found = what_a_step_sends("2,4,1,1", tiny_config(), uneven_batch())
+    whole = 4 * 64 * 32  # float32, vocabulary x width
+    assert sum(c.kind == "reduce-scatter" and c.bytes == whole for c in found) == 2, found
+    between = [c for c in found if "replica" in c.axes]
+    assert between and all("fsdp" not in c.axes for c in between if c.bytes > 4096), found

@@ -34,9 +34,12 @@ def _dot_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _dot_bwd(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     d_x = dot_f32(grad, kernel.astype(x.dtype), (x.ndim - 1,), (1,)).astype(x.dtype)
-    flat_x, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    d_kernel = transposed_dot_f32(flat_x, flat_grad).astype(kernel.dtype)
-    return d_x, d_kernel
+    if x.ndim == 3 and x.shape[0] > 1:
+        # Rows and tokens as they are: merged, a split of both is no sharding, and XLA gathers one.
+        d_kernel = dot_f32(x, grad, (0, 1), (0, 1))
+    else:
+        d_kernel = transposed_dot_f32(x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]))
+    return d_x, d_kernel.astype(kernel.dtype)
 
 
 dot.defvjp(_dot_fwd, _dot_bwd)
