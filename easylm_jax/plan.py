@@ -32,7 +32,7 @@ from easylm_jax.models.remat import POLICIES, parse_policy
 from easylm_jax.planner import memory, remat, roofline
 from easylm_jax.planner.case import Case
 from easylm_jax.planner.compiled import Compiled, compile_step
-from easylm_jax.planner.search import RESERVE, candidates, search, what_would_fit
+from easylm_jax.planner.search import fits, search, what_would_fit
 from easylm_jax.planner.topology import Topology, parse_topology
 from easylm_jax.train import TrainConfig
 
@@ -51,12 +51,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> float:
-        return self.compiled.peak_bytes if self.compiled else self.parts.total
+        return float(self.compiled.peak_bytes) if self.compiled else self.parts.total
 
     @property
     def fits(self) -> bool:
-        if self.compiled and self.compiled.ran_out_of_memory:
-            return False
+        if self.compiled:
+            return fits(self.compiled, self.topology)
         return self.peak_bytes <= self.topology.chip.hbm_bytes
 
 
@@ -70,26 +70,22 @@ def make_plan(case: Case, topology: Topology, *, compiles: bool = True) -> Plan:
     case.check_divides(sizes)
     compiled = compile_step(case, topology) if compiles else None
     speed = roofline.roofline(case, topology) if topology.chip.peak_flops else None
-    return Plan(case, topology, memory.estimate(case, sizes), speed, compiled)
+    parts = memory.estimate(case, sizes, on_cpu=topology.chip.name == "cpu")
+    return Plan(case, topology, parts, speed, compiled)
 
 
 def find(case: Case, topology: Topology, *, compiles: bool = True, keep: int = 3) -> list[Plan]:
     """The `keep` fastest ways to run the case that fit, compiled or, if not asked, by estimate.
 
     Raises:
-      ValueError: nothing is known of the chip's speed.
+      ValueError: nothing is known of the chip's speed, or nothing fits.
     """
     if not topology.chip.peak_flops:
         raise ValueError(
             f"--search compares speeds, and nothing is known of that of {topology}; name the chip "
             "that you will use, such as --topology=v5e:4x4 or --topology=h100:8"
         )
-    if compiles:
-        found = search(case, topology, compile=compile_step, keep=keep)
-    else:
-        room = (1 - RESERVE) * topology.chip.hbm_bytes
-        fitting = [c for c in candidates(case, topology) if c.parts.total <= room]
-        found = sorted(fitting, key=lambda c: c.estimate.step_s)[:keep]
+    found = search(case, topology, compile=compile_step if compiles else None, keep=keep)
     return [Plan(c.case, topology, c.parts, c.estimate, c.compiled) for c in found]
 
 
@@ -293,15 +289,13 @@ def show(
         print(f"compiling for {topology}, which takes a minute or more", file=sys.stderr)
     if searches:
         plans = find(case, topology, compiles=compiles)
-        if not plans:
-            raise ValueError(what_would_fit(case, topology))
         best = as_json(plans[0]) | {"candidates": [as_json(plan) for plan in plans]}
         print(json.dumps(best) if as_one_line else _candidates_text(plans))
         return
     plan = make_plan(case, topology, compiles=compiles)
     print(json.dumps(as_json(plan)) if as_one_line else as_text(plan), flush=True)
     if not plan.fits and topology.chip.peak_flops:
-        raise ValueError(what_would_fit(case, topology))
+        raise ValueError(what_would_fit(case, topology, {case: plan.peak_bytes}))
 
 
 def remat_main(arguments: Sequence[str]) -> None:

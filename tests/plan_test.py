@@ -11,7 +11,9 @@ import pytest
 
 from easylm_jax import plan
 from easylm_jax.config import from_config_dict
+from easylm_jax.mesh import parse_mesh
 from easylm_jax.models.lora import LoraConfig
+from easylm_jax.planner import memory
 from easylm_jax.planner.topology import parse_topology
 from easylm_jax.train import TrainConfig
 
@@ -85,9 +87,18 @@ def test_the_search_names_settings_that_can_be_pasted(capsys):
 def test_what_does_not_fit_is_printed_and_told_what_would(capsys):
     case = plan.case_of(load("llama_pretrain", "65b")[0])
     case = dataclasses.replace(case, batch_size=128)
-    with pytest.raises(ValueError, match=r"not fit into 15.75 GiB of v5e:8x16.* would") as error:
+    with pytest.raises(
+        ValueError, match=r"not fit into 15.75 GiB per chip of v5e:8x16.* the least is"
+    ) as error:
         show(capsys, case, "v5e:8x16")
     assert "does not fit: " in capsys.readouterr().out and "\n" not in str(error.value)
+
+
+def test_on_a_cpu_the_estimate_is_that_of_a_cpu():
+    case = plan.case_of(load("debug")[0])
+    made = plan.make_plan(case, parse_topology("cpu:8"), compiles=False)
+    sizes = parse_mesh(case.mesh, 8)
+    assert made.parts == memory.estimate(case, sizes, on_cpu=True) != memory.estimate(case, sizes)
 
 
 def test_what_cannot_be_planned_gets_one_sentence(capsys):

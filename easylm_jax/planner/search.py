@@ -10,11 +10,12 @@ by plan.py, which also prints `what_would_fit` where a config does not.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from easylm_jax.mesh import AXES, BATCH_AXES, parse_mesh
 from easylm_jax.models.llama import LlamaConfig
-from easylm_jax.models.remat import POLICIES
+from easylm_jax.models.remat import POLICIES, parse_policy
 from easylm_jax.planner import memory
 from easylm_jax.planner.case import Case
 from easylm_jax.planner.compiled import Compiled
@@ -23,7 +24,7 @@ from easylm_jax.planner.roofline import GPUS_PER_NODE, Estimate, roofline
 from easylm_jax.planner.topology import Topology
 
 RESERVE = 0.15  # of the memory: how far the compiler may need more than estimated
-LONG_ROWS = 16_384  # tokens; shorter rows are not split over chips
+LONG_ROWS = 16_384  # tokens; shorter rows are split over chips only where nothing else fits
 LEAST_SHARD = 16  # rows of a kernel on a TPU chip: fewer are padded to the tile, in memory and time
 GIB = 2**30
 # The named policies, and between them: projections kept and the MLP computed again; the same with
@@ -40,6 +41,7 @@ class Candidate:
     case: Case
     parts: Parts
     estimate: Estimate
+    awkward: bool  # slower or larger than the estimates know
     compiled: Compiled | None = None
 
     def __str__(self) -> str:
@@ -54,42 +56,84 @@ def search(
     case: Case,
     topology: Topology,
     *,
-    compile: Callable[[Case, Topology], Compiled],
+    compile: Callable[[Case, Topology], Compiled] | None,
     keep: int = 3,
 ) -> list[Candidate]:
     """The `keep` fastest candidates that the compiler confirms to fit; fewer where there are not.
 
-    At most twice as many are compiled. One that is compiled and does not fit is left out.
+    At most twice as many are compiled. One that is compiled and does not fit is left out. Without
+    `compile` the estimate decides.
+
+    Raises:
+      ValueError: nothing fits; says what might.
     """
-    room = topology.chip.hbm_bytes
     confirmed: list[Candidate] = []
-    fitting = [c for c in candidates(case, topology) if c.parts.total <= (1 - RESERVE) * room]
-    fitting.sort(key=lambda c: c.estimate.step_s)
-    for candidate in fitting[: 2 * keep]:
-        compiled = compile(candidate.case, topology)
-        if not compiled.ran_out_of_memory and compiled.peak_bytes <= room:
+    refused: dict[Case, float] = {}
+    for candidate in _fastest(candidates(case, topology), topology)[: 2 * keep]:
+        compiled = compile(candidate.case, topology) if compile else None
+        if compiled and not fits(compiled, topology):
+            refused[candidate.case] = float(compiled.peak_bytes)
+        else:
             confirmed.append(dataclasses.replace(candidate, compiled=compiled))
         if len(confirmed) == keep:
             break
+    if not confirmed:
+        raise ValueError(what_would_fit(case, topology, refused))
     return confirmed
 
 
-def what_would_fit(case: Case, topology: Topology) -> str:
-    """One sentence for a case that does not fit: what would, by the estimate, or the least need."""
-    room = topology.chip.hbm_bytes
-    have = memory.estimate(case, parse_mesh(case.mesh, topology.num_chips)).total
-    head = (
-        f"about {have / GIB:.1f} GiB per chip with mesh {case.mesh}, remat {case.model.remat} and "
-        f"micro_batches {case.micro_batches} do not fit into {room / GIB:.2f} GiB of {topology}"
-    )
-    found = candidates(case, topology)
+def fits(compiled: Compiled, topology: Topology) -> bool:
+    return not compiled.ran_out_of_memory and compiled.peak_bytes <= topology.chip.hbm_bytes
+
+
+def what_would_fit(case: Case, topology: Topology, refused: Mapping[Case, float]) -> str:
+    """One sentence: what would, by the estimate, or the least need.
+
+    `refused` are the cases known not to fit, with their bytes per chip. By as much as these exceed
+    their estimates, the others are taken to.
+    """
+    room, chips = topology.chip.hbm_bytes, topology.num_chips
+    need = refused.get(case, memory.estimate(case, parse_mesh(case.mesh, chips)).total)
+    settings = f"mesh {case.mesh}, remat {case.model.remat} and micro_batches {case.micro_batches}"
+    into = f"fit into {room / GIB:.2f} GiB per chip of {topology}"
+    if need > room:
+        head = f"about {need / GIB:.1f} GiB with {settings} do not {into}"
+    elif refused:
+        head = f"the {len(refused)} settings that look fastest do not {into}, by the compiler"
+    else:
+        head = f"{settings} are not sure to {into}"
+    known = {_settings(one, chips) for one in refused}
+    found = [c for c in candidates(case, topology) if _settings(c.case, chips) not in known]
     if not found:
         return f"{head}, and no other mesh divides the model and {case.batch_size} rows"
-    fitting = [c for c in found if c.parts.total <= (1 - RESERVE) * room]
-    if fitting:
-        return f"{head}; {min(fitting, key=lambda c: c.estimate.step_s)} would"
+    missed = (
+        size / memory.estimate(one, parse_mesh(one.mesh, chips)).total
+        for one, size in refused.items()
+    )
+    if fastest := _fastest(found, topology, factor=max([1.0, *missed])):
+        return f"{head}; {fastest[0]} would"
     least = min(found, key=lambda c: c.parts.total)
-    return f"{head}, and nothing would: the least is {least}; use more chips, or shorter rows"
+    return (
+        f"{head}, nor is any other sure to: the least is {least}; use more chips, or shorter rows"
+    )
+
+
+def _settings(case: Case, num_chips: int) -> tuple[Any, ...]:
+    """What tells the candidates of one search apart, however it is written."""
+    actions = parse_policy(case.model.remat)
+    mesh = tuple(parse_mesh(case.mesh, num_chips).values())
+    return mesh, actions and tuple(actions.values()), case.micro_batches
+
+
+def _fastest(
+    found: Iterable[Candidate], topology: Topology, *, factor: float = 1.0
+) -> list[Candidate]:
+    """Those that fit if they need `factor` times the estimate, the fastest first. Awkward meshes
+    only where no other fits."""
+    room = (1 - RESERVE) * topology.chip.hbm_bytes
+    fitting = [c for c in found if c.parts.total * factor <= room]
+    usual = [c for c in fitting if not c.awkward]
+    return sorted(usual or fitting, key=lambda c: c.estimate.step_s)
 
 
 def candidates(case: Case, topology: Topology) -> list[Candidate]:
@@ -97,11 +141,13 @@ def candidates(case: Case, topology: Topology) -> list[Candidate]:
     found = []
     for mesh in meshes(case, topology):
         sizes = parse_mesh(mesh, topology.num_chips)
+        awkward = _is_awkward(case, topology, sizes)
         ways = math.prod(sizes[axis] for axis in BATCH_AXES)
         for micro, remat in itertools.product(_divisors(case.batch_size // ways), REMATS):
             model = dataclasses.replace(case.model, remat=remat)
             one = dataclasses.replace(case, mesh=mesh, micro_batches=micro, model=model)
-            found.append(Candidate(one, memory.estimate(one, sizes), roofline(one, topology)))
+            parts, speed = memory.estimate(one, sizes), roofline(one, topology)
+            found.append(Candidate(one, parts, speed, awkward))
     return found
 
 
@@ -111,10 +157,15 @@ def meshes(case: Case, topology: Topology) -> list[str]:
     found = {}
     for within in _sizes_within(topology):
         sizes = within | {"replica": within["replica"] * topology.num_slices}
-        tiled = not topology.chip.ici_dims or case.model.d_model >= LEAST_SHARD * sizes["fsdp"]
-        if tiled and _divides(case.model, case.batch_size, case.seq_len, sizes):
+        if _divides(case.model, case.batch_size, case.seq_len, sizes):
             found[",".join(str(within[axis]) for axis in AXES) + across] = None
     return list(found)
+
+
+def _is_awkward(case: Case, topology: Topology, sizes: Mapping[str, int]) -> bool:
+    """Whether a mesh splits short rows, or kernels so far that a TPU pads them."""
+    padded = topology.chip.ici_dims and case.model.d_model < LEAST_SHARD * sizes["fsdp"]
+    return bool(padded) or (sizes["sequence"] > 1 and case.seq_len < LONG_ROWS)
 
 
 def _sizes_within(topology: Topology) -> Iterator[dict[str, int]]:
@@ -143,7 +194,6 @@ def _divides(model: LlamaConfig, rows: int, seq_len: int, sizes: dict[str, int])
         and model.d_model % fsdp == 0
         and split_over_tensor % tensor == 0
         and seq_len % (2 * sequence) == 0
-        and (sequence == 1 or seq_len >= LONG_ROWS)
     )
 
 

@@ -50,7 +50,39 @@ def test_the_fastest_that_the_compiler_confirms():
     for rival in rivals:  # none that fits was faster than the ones compiled
         fits = rival.parts.total <= (1 - module.RESERVE) * topology.chip.hbm_bytes
         assert not fits or rival.estimate.step_s >= speeds[-1]
-    assert search(make_case(), topology, compile=lambda *_: compiled(99), keep=2) == []
+
+
+def test_what_the_compiler_refused_is_not_recommended():
+    topology, case = parse_topology("v5e:16x16"), make_case(rows=256)
+    asked = {}
+
+    def fake(case, topology):
+        need = 1.2 * memory.estimate(case, parse_mesh(case.mesh, 256)).total / 2**30
+        asked[case] = max(need, 15.8)
+        return compiled(asked[case])
+
+    with pytest.raises(ValueError) as error:
+        search(case, topology, compile=fake, keep=3)
+    sentence = str(error.value)
+    assert "the 6 settings that look fastest do not fit into 15.75 GiB" in sentence
+    rest = [c for c in candidates(case, topology) if f"; {c} would" in sentence]
+    assert len(rest) == 1 and rest[0].case not in asked
+    most = max(
+        need * 2**30 / memory.estimate(c, parse_mesh(c.mesh, 256)).total
+        for c, need in asked.items()
+    )
+    assert rest[0].parts.total * most <= 15.75 * 2**30  # also if it needs as much more
+    everything = dict.fromkeys((c.case for c in candidates(case, topology)), 17.0 * 2**30)
+    assert "no other mesh divides" in what_would_fit(case, topology, everything)
+
+
+def test_a_case_that_the_compiler_refused_is_told_the_bytes_of_the_compiler():
+    """By the estimate it fits; and written otherwise it is still the same case."""
+    topology, case = parse_topology("v5e:16x16"), make_case(rows=256, remat="nothing_saveable")
+    assert memory.estimate(case, parse_mesh(case.mesh, 256)).total < topology.chip.hbm_bytes
+    sentence = what_would_fit(case, topology, {case: 17.2 * 2**30})
+    assert sentence.startswith("about 17.2 GiB with mesh 1,-1,1,1, remat nothing_saveable")
+    assert "mesh 1,256,1,1, remat full, micro_batches 1" not in sentence
 
 
 @pytest.mark.parametrize("name", ["v5p:8x16x16", "v5e:16x16@2", "a100:64"])
@@ -67,8 +99,17 @@ def test_every_mesh_is_one_that_the_step_accepts(name):
             assert sizes["tensor"] <= 8
     some = [parse_mesh(mesh, topology.num_chips) for mesh in found]
     assert any(sizes["sequence"] > 1 for sizes in some)
-    short = meshes(dataclasses.replace(case, seq_len=2048), topology)
-    assert all(parse_mesh(mesh, topology.num_chips)["sequence"] == 1 for mesh in short)
+
+
+def test_short_rows_are_split_where_nothing_else_fits():
+    topology = parse_topology("v5p:4x4x4")
+    case = make_case("llama2_70b", rows=8, seq_len=8192)
+    for found in search(case, topology, compile=lambda *_: compiled(15)):
+        sizes = parse_mesh(found.case.mesh, 64)
+        assert sizes["sequence"] > 1 and 8 % (sizes["replica"] * sizes["fsdp"]) == 0
+    more = dataclasses.replace(case, batch_size=64)
+    for found in search(more, topology, compile=lambda *_: compiled(15)):
+        assert parse_mesh(found.case.mesh, 64)["sequence"] == 1
 
 
 def test_65b_on_2048_chips_is_searched_in_seconds():
@@ -83,7 +124,7 @@ def test_65b_on_2048_chips_is_searched_in_seconds():
 def test_what_would_fit_does_and_says_when_nothing_does():
     topology = parse_topology("v5e:16x16")
     case = make_case(remat="linear_outputs_and_attention")
-    sentence = what_would_fit(case, topology)
+    sentence = what_would_fit(case, topology, {})
     would = next(c for c in candidates(case, topology) if f"{c}" in sentence)
     assert (
         would.parts.total
@@ -91,7 +132,7 @@ def test_what_would_fit_does_and_says_when_nothing_does():
         < memory.estimate(case, parse_mesh(case.mesh, 256)).total
     )
     assert "\n" not in sentence and case.model.remat in sentence
-    nothing = what_would_fit(make_case("llama_65b"), parse_topology("v5e:4x4"))
-    assert "nothing would" in nothing and "more chips" in nothing
-    odd = what_would_fit(make_case("llama_65b", rows=7), parse_topology("v5e:4x4"))
-    assert "divides" in odd or "nothing would" in odd
+    nothing = what_would_fit(make_case("llama_65b"), parse_topology("v5e:4x4"), {})
+    assert "nor is any other sure to" in nothing and "more chips" in nothing
+    odd = what_would_fit(make_case("llama_65b", rows=7), parse_topology("v5e:4x4"), {})
+    assert "divides" in odd or "nor is any other sure to" in odd
