@@ -6,19 +6,18 @@
     check  logs                  what runs where; what it wrote
 
 A verb is a few gcloud commands; `--dry_run` prints them, quoted for a shell, and runs nothing. A
-worker keeps everything in ~/easylm/NAME: `code/ venv/ uv/`, the `log`, and `lock`, which the job
-holds as long as it lives: neither a restarted machine nor another process with its number is taken
-for it. No other file of the user's is written, here or there.
+worker keeps everything in ~/easylm/NAME (launch_scripts.py). No other file of the user's is
+written, here or there.
 
 What it is not: a scheduler. Nothing runs here between two commands.
 """
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import tarfile
@@ -31,23 +30,27 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from easylm_jax.config import from_config_dict, run_main
+from easylm_jax.launch_scripts import (
+    Answer,
+    Job,
+    check_script,
+    copy_script,
+    parse_answers,
+    parse_jobs,
+    setup_script,
+    start_script,
+    stop_script,
+    tagged,
+)
 from easylm_jax.workdir import code_version
 
 CHECKOUT = Path(__file__).parents[1]
 POLL_S = 30  # seconds between two looks at a machine that is being made
-# States of TPU VMs and of queued resources.
-COMING = {"CREATING", "STARTING", "RESTARTING", "REPAIRING"}
-COMING |= {"ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"}
-GONE = {"PREEMPTED", "TERMINATED", "SUSPENDING", "SUSPENDED", "FAILED"}
-
-# Runs "$@" in the session that it leads, until that ends or `stop` ends it.
-KEEPER = """
-exec 9> ../lock; flock -n 9 || exit
-rm -f ../status; echo $$ > ../group
-"$@" & echo $! > ../pid
-wait $!; echo $? > ../status
-echo "[ended with status $(cat ../status)]"
-"""
+# States of TPU VMs and of queued resources: those that end by themselves, and those of a machine
+# that has to be made again.
+PASSING = {"CREATING", "STARTING", "RESTARTING", "REPAIRING", "REIMAGING", "STOPPING", "DELETING"}
+PASSING |= {"ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "SUSPENDING"}
+GONE = {"PREEMPTED", "TERMINATED", "SUSPENDED", "FAILED"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Pod:
     accelerator_type: str  # such as v5p-128
     runtime_version: str  # what is installed on it
     command: tuple[str, ...]  # the job; runs in the copied checkout, `python` is the environment's
-    workdir: str  # of the run; gs://, unless there is one worker
+    workdir: str  # of the run; gs://, or an absolute path where there is one worker
     spot: bool = False  # cheaper, and taken away when somebody else wants it
     queued: bool = False  # wait in line, instead of failing when there is none
     service_account: str = ""  # empty: the project's default
@@ -75,6 +78,29 @@ class Pod:
             )
         if bad := [key for key in self.environment if not re.fullmatch(r"[A-Za-z_]\w*", key)]:
             raise ValueError(f"environment: {bad[0]!r} cannot be the name of a variable")
+        if not self.workdir.startswith(("gs://", "/")):
+            raise ValueError(
+                f"workdir = {self.workdir!r} would lie in the copied checkout, which every copy "
+                "replaces: write gs://BUCKET/..., or for one worker an absolute path"
+            )
+        for word in self.command:
+            if word.startswith("--workdir=") and word != f"--workdir={self.workdir}":
+                raise ValueError(f"command has {word}, but workdir = {self.workdir!r}: write one")
+
+    def check_workers(self, num_workers: int) -> None:
+        """Raises ValueError when training cannot work on so many."""
+        if num_workers < 2 or "easylm_jax.train" not in self.command:
+            return
+        if not self.workdir.startswith("gs://"):
+            raise ValueError(
+                f"workdir = {self.workdir!r}, but {self.name} has {num_workers} workers, each of "
+                "which writes its part of a checkpoint: use gs://BUCKET/..."
+            )
+        if not any("distributed.initialize" in word for word in self.command):
+            raise ValueError(
+                f"{self.name} has {num_workers} workers, which would not find one another: add "
+                "--config.distributed.initialize=True to command"
+            )
 
 
 class GcloudError(ValueError):
@@ -86,71 +112,13 @@ class GcloudError(ValueError):
 class State(NamedTuple):
     name: str  # gcloud's word; ABSENT: there is nothing of that name
     num_workers: int = 0
+    why: str = ""  # a queued resource failed
 
-
-class Answer(NamedTuple):
-    """What a script wrote on a worker; status None: the worker did not answer."""
-
-    status: int | None
-    lines: list[str]
-
-
-class Job(NamedTuple):
-    state: str  # running, not started, ended with status N, killed, or unreachable
-    last_line: str = ""
-    last_row: str = ""  # of metrics.jsonl, where that is on the worker
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})" if self.why else self.name
 
 
 # ---- pure parts ----
-
-
-def parse_answers(output: str, num_workers: int) -> dict[int, Answer]:
-    """The lines `[3] text` ... `[3] exit 0` of all workers, in any order, by worker."""
-    answers = {worker: Answer(None, []) for worker in range(num_workers)}
-    for number, text in re.findall(r"^\[(\d+)\] (.*)$", output, re.M):
-        worker = int(number)
-        status, lines = answers.get(worker, Answer(None, []))
-        if ended := re.fullmatch(r"exit (\d+)", text):
-            answers[worker] = Answer(int(ended[1]), lines)
-        else:
-            lines.append(text)
-            answers[worker] = Answer(status, lines)
-    return answers
-
-
-def start_script(pod: Pod, home: str, version: str) -> str:
-    """Starts the job, and succeeds when it holds its lock."""
-    exports = "".join(f"export {k}={shlex.quote(v)}; " for k, v in pod.environment.items())
-    argv = shlex.join(["bash", "-c", KEEPER, "easylm", *pod.command])
-    return (
-        f"cd {home}/code && test -x ../venv/bin/python || "
-        "{ echo run copy, then setup; exit 1; }; "
-        f"rm -f ../pid; export PATH={home}/venv/bin:$PATH; {exports}"
-        f'echo "[$(date -u +%FT%TZ) $(hostname) {version}]" >> ../log; '
-        f"setsid {argv} >> ../log 2>&1 < /dev/null & "
-        f"for _ in $(seq 100); do test -s {home}/pid && exit; sleep 0.1; done; exit 1"
-    )
-
-
-def stop_script(home: str, grace_s: int) -> str:
-    return (
-        f"cd {home} 2> /dev/null || exit 0; test -e lock || exit 0; flock -n lock true && exit; "
-        f"kill -TERM $(cat pid); flock -w {grace_s} lock true && exit; "
-        "kill -KILL -- -$(cat group); flock -w 10 lock true && echo killed"
-    )
-
-
-def check_script(home: str, workdir: str) -> str:
-    """Writes three lines: the job's state, the log's last line, the metrics' last line."""
-    row = f'"$(cd code && tail -n 1 {shlex.quote(workdir)}/metrics.jsonl 2> /dev/null)"'
-    return (
-        f"cd {home} 2> /dev/null && test -e lock || {{ echo not started; exit 0; }}; "
-        "if ! flock -n lock true; then echo running; "
-        'elif test -e status; then echo "ended with status $(cat status)"; '
-        "else echo killed; fi; "
-        "echo \"$(tail -c 4096 log | tr '\\r' '\\n' | grep -v '^ *$' | tail -n 1)\"; "
-        f"echo {'' if workdir.startswith('gs://') else row}"
-    )
 
 
 def tracked_files(checkout: Path) -> tuple[list[str], list[str]]:
@@ -214,7 +182,8 @@ class Launcher:
     def create(self) -> None:
         state = self._state(suppose="ABSENT")
         if state.name != "ABSENT":
-            self._tell(f"{self.pod.name} is there already ({state.name}): nothing is made")
+            again = f"; `{self._itself} resume` makes it again" if state.name in GONE else ""
+            self._tell(f"{self.pod.name} is there already, {state}: nothing is made{again}")
             return
         self._create()
 
@@ -237,39 +206,25 @@ class Launcher:
                 print(f"# pack {len(names)} tracked files into {folder}/{archive}")
             there = f"{self.pod.name}:{archive}"
             self._tpus("tpu-vm", "scp", f"{folder}/{archive}", there, "--worker=all")
-        new, code = f"{self._home}/code.new", f"{self._home}/code"
-        self._demand(
-            state,
-            "copy",
-            f"set -e; rm -rf {new}; mkdir -p {new}; tar -xzf ~/{archive} -C {new}; "
-            f"rm -rf ~/{archive} {code}; mv {new} {code}",
-        )
+            self._demand(state, "copy", copy_script(self._home, archive))
         left = f"; not tracked and left out: {', '.join(untracked)}" if untracked else ""
         self._tell(f"{len(names)} files ({len(packed) / 1e6:.1f} MB) are on all workers{left}")
 
     def setup(self) -> None:
-        """TPU VMs come with a Python that is too old; uv, in our folder, brings a newer one."""
-        self._demand(
-            self._ready(),
-            "setup",
-            f"set -e; cd {self._home}; exec >> log 2>&1; "
-            "test -x uv/bin/uv || python3 -m pip install --quiet --target uv uv; "
-            "test -x venv/bin/python || uv/bin/uv venv --quiet --python 3.12 venv; "
-            "uv/bin/uv pip install --quiet --python venv/bin/python -e './code[tpu,gcs]'",
-        )
+        self._demand(self._ready(), "setup", setup_script(self._home))
         self._tell("the environment is on all workers")
 
     def start(self) -> None:
         state = self._ready()
-        jobs = self._jobs(state)
-        running = [worker for worker, job in jobs.items() if job.state == "running"]
-        if running and len(running) == len(jobs):
+        states = self._job_states(state)
+        num_running = states.count("running")
+        if num_running and num_running == len(states):
             self._tell(f"{self.pod.name} runs the job already, on all its workers: not started")
             return
-        if running:
+        if num_running:
             raise ValueError(
-                f"{self.pod.name} runs the job on {len(running)} of {len(jobs)} workers only: "
-                f"`{self._itself} resume` stops it there and starts it on all"
+                f"{self.pod.name} runs the job on {num_running} of {len(states)} workers only: "
+                f"`{self._itself} stop` ends it there"
             )
         self._start(state)
 
@@ -286,25 +241,26 @@ class Launcher:
 
     def resume(self, grace_s: int = 600) -> None:
         """From any state to a running job, which goes on from its last checkpoint."""
-        state = self._state(suppose="PREEMPTED")
+        state = self._settled(suppose="PREEMPTED")
         if state.name == "READY":
-            jobs = self._jobs(state)
-            if jobs and all(job.state == "running" for job in jobs.values()):
-                self._tell(f"{self.pod.name} runs the job on all its workers: nothing to resume")
-                return
-            if jobs and all(job.state == "ended with status 0" for job in jobs.values()):
-                self._tell(
-                    f"the job ended well on all workers of {self.pod.name}: `{self._itself} start` "
-                    f"starts it again, `{self._itself} delete` ends the cost"
-                )
+            states = set(self._job_states(state))
+            if nothing_to_do := self._fares_well(states):
+                self._tell(nothing_to_do)
                 return
             # Alone a worker cannot save: it waits for the others, not for long here.
             self._demand(state, "stop", stop_script(self._home, min(grace_s, 30)))
+        elif state.name == "STOPPED":
+            self._tpus("tpu-vm", "start", self.pod.name)
         elif state.name in GONE | {"ABSENT"}:
             if state.name != "ABSENT":
+                self._tell(f"{self.pod.name} is {state}: it is deleted and made again")
                 self._delete()
             self._create()
-        self._wait()
+        if (state := self._settled()).name != "READY":
+            raise ValueError(
+                f"{self.pod.name} is {state}, not READY: mend that if it is yours to mend, then "
+                f"`{self._itself} delete` and `{self._itself} resume`"
+            )
         self.copy()
         self.setup()
         self._start(self._ready())
@@ -312,12 +268,12 @@ class Launcher:
     def check(self) -> None:
         """A line per worker. Raises ValueError naming the first whose job failed."""
         state = self._state()
-        self._tell(f"{self.pod.name}: {state.name}, workers: {state.num_workers}")
+        self._tell(f"{self.pod.name}: {state}, workers: {state.num_workers}")
         if state.name != "READY":
             if state.name in GONE | {"ABSENT"}:
                 self._tell(f"`{self._itself} resume` makes it again and goes on with the job")
             return
-        jobs = self._jobs(state)
+        jobs = parse_jobs(self._on_all(state, check_script(self._home, self.pod.workdir)))
         self._tell(f"last step in {self.pod.workdir}: {self._last_step(jobs)}")
         for worker, job in jobs.items():
             self._tell(f"worker {worker}: {job.state}; {job.last_line}")
@@ -371,14 +327,15 @@ class Launcher:
             print(f"# if it is {suppose}:")
             return State(suppose)
         if self.pod.queued and (request := self._describe("queued-resources")):
-            return State(request["state"]["state"])
+            error = request["state"].get("failedData", {}).get("error", {})
+            return State(request["state"]["state"], why=error.get("message", ""))
         return State("ABSENT")
 
     def _ready(self) -> State:
         state = self._state()
         if state.name != "READY":
             raise ValueError(
-                f"{self.pod.name} is {state.name}, not READY: `{self._itself} resume` makes it if "
+                f"{self.pod.name} is {state}, not READY: `{self._itself} resume` makes it if "
                 "need be, waits for it and starts the job"
             )
         return state
@@ -405,27 +362,20 @@ class Launcher:
         else:
             self._tpus("tpu-vm", "delete", self.pod.name)
 
-    def _wait(self) -> None:
+    def _settled(self, *, suppose: str = "READY") -> State:
+        """Waits as long as the state is one that passes."""
         before = ""
-        while (state := self._state()).name != "READY":
-            if state.name not in COMING:
-                raise ValueError(
-                    f"{self.pod.name} is {state.name}, out of which it does not come by itself; "
-                    f"`{self._itself} list` shows more"
-                )
+        while (state := self._state(suppose=suppose)).name in PASSING:
             if state.name != before:
-                self._tell(f"{self.pod.name} is {state.name}; waiting for READY")
+                self._tell(f"{self.pod.name} is {state}; waiting for what comes next")
             before = state.name
             time.sleep(POLL_S)
+        return state
 
     def _ssh(self, script: str, *, worker: str = "all", show: bool = False) -> str:
-        """Runs `script` on workers; each line comes after `[worker] `, last `exit STATUS`.
-
-        gcloud mixes the workers' lines, and its own status says little of theirs. A worker's number
-        ends its host's name, t1v-n-0a1b2c3d-w-3.
-        """
-        tagged = f'( ( {script} ); echo "exit $?" ) 2>&1 | sed -u "s/^/[${{HOSTNAME##*-w-}}] /"'
-        words = ("tpu-vm", "ssh", self.pod.name, f"--worker={worker}", f"--command={tagged}")
+        """What `script` writes on workers, each line after its worker's number."""
+        command = f"--command={tagged(script)}"
+        words = ("tpu-vm", "ssh", self.pod.name, f"--worker={worker}", command)
         return self._tpus(*words, show=show)
 
     def _on_all(self, state: State, script: str) -> dict[int, Answer]:
@@ -455,19 +405,36 @@ class Launcher:
         return answers
 
     def _start(self, state: State) -> None:
+        pod = self.pod
+        pod.check_workers(state.num_workers)
         version = " ".join(f"{key} {value}" for key, value in code_version().items())
-        self._demand(state, "start", start_script(self.pod, self._home, version))
+        script = start_script(self._home, pod.command, environment=pod.environment, version=version)
+        self._demand(state, "start", script)
         self._tell(
             f"the job runs on all workers of {self.pod.name}: `{self._itself} logs --follow` shows "
             "what it writes"
         )
 
-    def _jobs(self, state: State) -> dict[int, Job]:
-        answers = self._on_all(state, check_script(self._home, self.pod.workdir))
-        return {
-            worker: Job(*answer.lines[:3]) if answer.lines else Job("does not answer")
-            for worker, answer in answers.items()
-        }
+    def _job_states(self, state: State) -> tuple[str, ...]:
+        """Of all workers. Raises ValueError if one does not answer, for it may run the job."""
+        answers = self._demand(state, "check", check_script(self._home, self.pod.workdir))
+        return tuple(job.state for job in parse_jobs(answers).values())
+
+    def _fares_well(self, states: set[str]) -> str:
+        """Why a job in these states is not to be resumed; empty: it is."""
+        if states == {"running"}:
+            return f"{self.pod.name} runs the job on all its workers: nothing to resume"
+        if states == {"ended with status 0"}:
+            return (
+                f"the job ended well on all workers of {self.pod.name}: `{self._itself} start` "
+                f"starts it again, `{self._itself} delete` ends the cost"
+            )
+        if states == {"running", "ended with status 0"}:
+            return (
+                f"the job on {self.pod.name} is ending, on some workers it has: nothing to resume; "
+                f"`{self._itself} stop` ends it if it hangs"
+            )
+        return ""
 
     def _last_step(self, jobs: dict[int, Job]) -> str:
         if self.pod.workdir.startswith("gs://"):
@@ -477,8 +444,11 @@ class Launcher:
             except GcloudError:
                 rows = []
         else:
-            rows = [job.last_row for job in jobs.values() if job.last_row]
-        return str(json.loads(rows[-1])["step"]) if rows else "none that can be read"
+            rows = [row for job in jobs.values() for row in job.last_rows]
+        for row in reversed(rows):
+            with contextlib.suppress(json.JSONDecodeError):  # half written, or cut by the range
+                return str(json.loads(row)["step"])
+        return "none that can be read"
 
 
 # ---- the command line ----
@@ -488,10 +458,15 @@ def load_pod(file: str) -> Pod:
     """The Pod that `get_config()` of a Python file returns."""
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file}: copy configs/launch/tpu.py and name it here")
-    spec = importlib.util.spec_from_file_location("pod_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(Pod, module.get_config())
+    try:
+        module = runpy.run_path(file, run_name="pod_config")
+    except SyntaxError as error:
+        raise ValueError(
+            f"{error.filename}, line {error.lineno}, is not Python: {error.msg}"
+        ) from None
+    if "get_config" not in module:
+        raise ValueError(f"{file} has no get_config(): copy configs/launch/tpu.py, which has one")
+    return from_config_dict(Pod, module["get_config"]())
 
 
 def main(argv: list[str]) -> None:
@@ -511,7 +486,13 @@ def main(argv: list[str]) -> None:
         "resume": {"grace_s": options.grace_s},
         "logs": {"worker": options.worker, "follow": options.follow},
     }
-    getattr(launcher, verb)(**arguments.get(verb, {}))
+    try:
+        getattr(launcher, verb)(**arguments.get(verb, {}))
+    except KeyboardInterrupt:
+        raise ValueError(
+            f"interrupted: what was asked for goes on there, a request stays in the queue; "
+            f"`{itself} check` shows it, `{itself} {verb}` goes on here"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Pods against a fake gcloud (tests/fake_gcloud) that really runs what is sent to each worker."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -11,10 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from easylm_jax import launch
+from easylm_jax.config import from_config_dict
+from easylm_jax.launch_scripts import check_script, copy_script, start_script, stop_script
+from easylm_jax.plan import case_of, make_plan
+from easylm_jax.planner.topology import parse_topology
+from easylm_jax.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 FAKE = ROOT / "tests" / "fake_gcloud"
@@ -151,8 +159,22 @@ def test_from_creation_to_the_end(world, capfd):
         argv, environment, cwd = json.loads((world.workdir / f"got{worker}").read_text())
         assert argv == [*NASTY] and environment["NASTY_VALUE"] == "".join(NASTY)
         assert Path(cwd) == world.home(worker) / "easylm/pod-1/code"
-        assert {p.name for p in world.home(worker).iterdir()} == {"easylm"}
         assert {p.name for p in Path(cwd).iterdir()} == {"job.py", "setup.py"}
+    for verb, what in {"copy": "code", "setup": "environment"}.items():
+        with pytest.raises(
+            ValueError, match=f"{verb} failed on worker 0 .*the job uses the {what}"
+        ):
+            getattr(pod, verb)()
+    assert all([p.name for p in world.home(i).iterdir()] == ["easylm"] for i in (0, 1))
+
+    world.change(unreachable=[1])  # which is no reason to end what runs well
+    for verb in (pod.resume, pod.start):
+        with pytest.raises(ValueError, match="check: worker 1 of pod-1 does not answer"):
+            verb()
+    world.change(unreachable=[])
+    pod.resume()
+    assert "nothing to resume" in said()
+    assert not [*world.workdir.glob("saved*")]
 
     os.kill(world.pid(1), signal.SIGKILL)
     until(lambda: (world.home(1) / "easylm/pod-1/status").exists())
@@ -163,15 +185,19 @@ def test_from_creation_to_the_end(world, capfd):
     pod.logs("1")
     assert "[1] going on from step 0" in (text := said()) and "[0] going" not in text
     assert re.search(r"\[1\] \[20\S+Z \S+ commit 0a1b2c3 dirty False\]\n", text)
-    with pytest.raises(ValueError, match="on 1 of 2 workers only: `LAUNCH resume`"):
+    with pytest.raises(ValueError, match="on 1 of 2 workers only: `LAUNCH stop`"):
         pod.start()
 
     pod.resume()
     saved = int((world.workdir / "saved0").read_text())  # worker 0 was asked to end, and saved
     assert saved > 3 and not (world.workdir / "saved1").exists()
     until(lambda: world.step() > saved)
-    pod.resume()
-    assert "nothing to resume" in said()
+    os.kill(world.pid(1), signal.SIGTERM)
+    until(lambda: (world.home(1) / "easylm/pod-1/status").exists())
+    pod.resume()  # worker 0 may still write
+    assert "the job on pod-1 is ending" in said()
+    step = world.step()
+    until(lambda: world.step() > step)
     pod.stop()
     assert "ended on all workers" in (text := said()) and "killed" not in text
     assert int((world.workdir / "saved0").read_text()) > saved
@@ -190,7 +216,7 @@ def test_a_spot_pod_is_waited_for_preempted_and_made_again(world, capfd):
     pod = launcher(world)
     pod.create()
     pod.create()
-    assert "is there already (WAITING_FOR_RESOURCES)" in capfd.readouterr().out
+    assert "is there already, WAITING_FOR_RESOURCES: nothing is made\n" in capfd.readouterr().out
     with pytest.raises(ValueError, match="PROVISIONING, not READY: `LAUNCH resume`"):
         pod.start()
     pod.resume()
@@ -202,15 +228,17 @@ def test_a_spot_pod_is_waited_for_preempted_and_made_again(world, capfd):
 
     world.kill()
     shutil.rmtree(world.folder / "homes")
-    world.change(nodes={}, queue={"pod-1": {"next": ["SUSPENDED"] * 2 + [""]}})
+    world.change(nodes={}, queue={"pod-1": {"next": ["SUSPENDED"] * 3 + [""]}})
     capfd.readouterr()
     pod.check()
     assert "SUSPENDED" in (text := capfd.readouterr().out) and "`LAUNCH resume`" in text
+    pod.create()
+    assert "nothing is made; `LAUNCH resume` makes it again" in capfd.readouterr().out
     before = len(world.calls())
     pod.resume()
     until(lambda: world.step() >= saved)
     assert "going on from step 0" not in (world.home(0) / "easylm/pod-1/log").read_text()
-    assert "WAITING_FOR_RESOURCES; waiting" in capfd.readouterr().out
+    assert "WAITING_FOR_RESOURCES; waiting for" in capfd.readouterr().out
     made = [call for call in world.calls()[before:] if call[2] == "queued-resources"]
     assert [call[3] for call in made][:3] == ["describe", "delete", "create"]
     assert "--force" in made[1]
@@ -220,16 +248,20 @@ def test_a_spot_pod_is_waited_for_preempted_and_made_again(world, capfd):
 
 
 def test_a_job_that_does_not_heed_is_killed(world, capfd):
-    world = world(how="deaf")
+    world = world(how="deaf", accelerator_type="v5p-8")
     pod = launcher(world)
     for verb in (pod.create, pod.copy, pod.setup, pod.start):
         verb()
     until(lambda: world.step() > 1)
     pod.stop(grace_s=1)
-    assert "killed on workers 0, 1" in capfd.readouterr().out
+    assert "killed on workers 0\n" in capfd.readouterr().out
+    step = world.step()
+    with open(world.workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12')
     with pytest.raises(ValueError, match="worker 0 of pod-1: killed"):
         pod.check()
-    step = world.step()
+    assert f"last step in {world.workdir}: {step}\n" in capfd.readouterr().out
+    (world.workdir / "metrics.jsonl").write_text(json.dumps({"step": step}))
     time.sleep(0.2)
     assert world.step() == step
 
@@ -256,7 +288,7 @@ def test_which_worker_failed(world, capfd):
     bucket = world.folder / "buckets/bucket/run"
     bucket.mkdir(parents=True)
     rows = [json.dumps({"step": step, "loss": "x" * 100}) for step in range(2000)]
-    (bucket / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (bucket / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step"')
     world.change(unreachable=[1])
     with pytest.raises(ValueError, match="worker 1 of pod-1: does not answer"):
         pod.check()
@@ -277,7 +309,7 @@ def test_a_dry_run_prints_what_is_run_and_runs_nothing(world, capfd, queued):
         printed[verb] = shell_lines(capfd.readouterr().out)
     assert world.calls() == [] and not world.home(0).exists()
     real = launcher(world)
-    for verb in ("list", "create", "resume", "setup", "check", "stop", "start", "delete"):
+    for verb in ("list", "create", "resume", "check", "stop", "setup", "start", "delete"):
         before = len(world.calls())
         getattr(real, verb)()
         done = [["gcloud", *call] for call in world.calls()[before:]]
@@ -308,6 +340,146 @@ def command_line(*arguments: str, **environment: str) -> subprocess.CompletedPro
     argv = [sys.executable, "-m", "easylm_jax.launch", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+FITS = {
+    "configs/launch/tpu.py": {"v5p:4x4x4": "easylm_jax.train"},
+    "docs/launch_tpu.md": {"v5p:4x4x4": "easylm_jax.plan --config=configs/llama_p"},
+    "docs/launch_gpu.md": {"h100:8": "--workdir=runs/7b", "h100:8@4": "--workdir=/shared/runs/7b"},
+}
+
+
+@pytest.mark.parametrize("file", FITS)
+def test_what_is_shipped_fits_into_memory(file):
+    for topology, words in FITS[file].items():
+        text = (ROOT / file).read_text().split(words)[1].split("\n\n")[0]
+        given = dict(re.findall(r"--config\.(mesh|micro_batches)=([^\s`\"]+)", text))
+        config = runpy.run_path(str(ROOT / "configs/llama_pretrain.py"))["get_config"]("7b")
+        case = case_of(from_config_dict(TrainConfig, config))
+        given["micro_batches"] = int(given.get("micro_batches", case.micro_batches))
+        plan = make_plan(
+            dataclasses.replace(case, **given), parse_topology(topology), compiles=False
+        )
+        assert plan.fits, (topology, given)
+
+
+def test_of_two_starts_one_begins_and_nothing_replaces_its_code(tmp_path):
+    """As gcloud repeats a script whose connection broke."""
+
+    def begin(script: str) -> subprocess.Popen:
+        return subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True)
+
+    home = tmp_path / "home"
+    (home / "venv/bin").mkdir(parents=True)
+    (home / "venv/bin/python").symlink_to(sys.executable)
+    (home / "code").mkdir()
+    start = start_script(str(home), ["sleep", "60"], environment={}, version="")
+    both = [begin(start), begin(start)]
+    try:
+        assert [one.wait() for one in both] == [0, 0]
+        pid = int((home / "pid").read_text())
+        assert Path(f"/proc/{pid}/cmdline").read_text() == "sleep\x0060\x00"
+        assert len((home / "log").read_text().splitlines()) == 1
+        refused = begin(copy_script(str(home), "there_is_none"))
+        assert (refused.wait(), refused.stdout.read()) == (1, "the job uses the code\n")
+        looks = [begin(check_script(str(home), "gs://")) for _ in range(3)]
+        assert [look.communicate()[0].split("\n")[0] for look in looks] == ["running"] * 3
+    finally:
+        begin(stop_script(str(home), 5)).wait()
+    looks = [begin(check_script(str(home), "gs://")) for _ in range(3)]
+    expected = ["ended with status 143"] * 3
+    assert [look.communicate()[0].split("\n")[0] for look in looks] == expected
+
+
+QUOTA = {"state": "FAILED", "failedData": {"error": {"message": "Quota limit exceeded"}}}
+
+
+@pytest.mark.parametrize(
+    "nodes, queue, expected",
+    [
+        (["STOPPED"], [], "tpu-vm start"),
+        (["STOPPING", "STOPPED"], [], "tpu-vm start"),
+        (["REIMAGING", "READY"], [], "tpu-vm ssh"),
+        (["DELETING"], [], "queued-resources create"),
+        ([], [QUOTA], "queued-resources delete, queued-resources create"),
+        (["HIDDEN"], [], "pod-1 is HIDDEN, not READY"),
+    ],
+)
+def test_resume_from_rare_states(world, monkeypatch, capfd, nodes, queue, expected):
+    world = world(queued=True)
+    ready = {"state": "READY", "networkEndpoints": [{}]}
+    if nodes:
+        first, *later = nodes
+        world.change(nodes={"pod-1": ready | {"state": first, "next": later}})
+    if queue:
+        world.change(queue={"pod-1": {"next": [*queue, ""]}})
+    for verb in ("copy", "setup", "_start"):
+        monkeypatch.setattr(launch.Launcher, verb, lambda *_: None)
+    if "not READY" in expected:
+        with pytest.raises(ValueError, match=expected):
+            launcher(world).resume()
+        return
+    launcher(world).resume()
+    done = [" ".join(call[2:4]) for call in world.calls() if call[3] != "describe"]
+    assert ", ".join(done).startswith(expected)
+    assert "Quota limit exceeded" in capfd.readouterr().out or not queue
+
+
+def test_why_a_request_failed_is_said_and_it_is_not_made_again_at_once(world, monkeypatch):
+    world = world(queued=True)
+    monkeypatch.setattr(launch.Launcher, "_create", lambda self: None)  # it fails once more
+    world.change(queue={"pod-1": {"next": [QUOTA, QUOTA, ""]}})
+    monkeypatch.setattr(launch.Launcher, "_delete", lambda self: None)
+    with pytest.raises(ValueError, match=r"FAILED \(Quota limit exceeded\), not READY"):
+        launcher(world).resume()
+
+
+def test_a_pod_that_could_not_save_or_find_itself_is_refused(world):
+    pod = world().pod
+    for workdir in ("runs/debug", "~/runs/debug"):
+        with pytest.raises(ValueError, match="workdir = .* in the copied checkout"):
+            dataclasses.replace(pod, workdir=workdir)
+    train = ("python", "-m", "easylm_jax.train", "--config=configs/debug.py")
+    with pytest.raises(ValueError, match="command has --workdir=runs/debug, but workdir = "):
+        dataclasses.replace(pod, command=(*train, "--workdir=runs/debug"))
+    pod = dataclasses.replace(pod, command=train)
+    pod.check_workers(1)
+    with pytest.raises(ValueError, match="has 16 workers, each of which writes its part"):
+        pod.check_workers(16)
+    pod = dataclasses.replace(pod, workdir="gs://bucket/run")
+    with pytest.raises(ValueError, match="add --config.distributed.initialize=True to command"):
+        pod.check_workers(16)
+    initialize = "--config.distributed.initialize=True"
+    dataclasses.replace(pod, command=(*train, initialize)).check_workers(16)
+
+
+def test_a_file_that_is_no_pod_is_said_in_one_sentence(world, tmp_path, monkeypatch):
+    for name, text in {
+        "readme.txt": "Read me!",
+        "no.py": "",
+        "bad.py": "\ndef get_config(:",
+    }.items():
+        (tmp_path / name).write_text(text)
+    for name, expected in {
+        "readme.txt": "readme.txt, line 1, is not Python",
+        "no.py": r"no.py has no get_config\(\)",
+        "bad.py": "bad.py, line 2, is not Python",
+    }.items():
+        with pytest.raises(ValueError, match=expected):
+            launch.load_pod(str(tmp_path / name))
+
+
+def test_an_interrupted_wait_says_what_goes_on(world, monkeypatch):
+    world()
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    given = dict(dry_run=False, grace_s=1, worker="all", follow=False)
+    monkeypatch.setattr(launch, "flags", SimpleNamespace(FLAGS=SimpleNamespace(**given)))
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=interrupt))
+    with pytest.raises(ValueError, match="a request stays in the queue; .* check` shows it"):
+        launch.main(["launch", str(ROOT / "configs/launch/tpu.py"), "resume"])
 
 
 def test_what_is_wrong_is_said_in_one_sentence(world, tmp_path):
