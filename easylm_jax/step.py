@@ -77,7 +77,7 @@ def train_step(
     options = dict(num_micro_batches=num_micro_batches, has_dropout=has_dropout)
     sums, grads = _summed_gradients(objective, state.params, frozen, batch, rng, **options)
     weight = jnp.maximum(sums["loss"][1], 1e-8)
-    grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
     metrics = {name: total / jnp.maximum(w, 1e-8) for name, (total, w) in sums.items()}
     metrics |= {"grad_norm": optax.tree.norm(grads), "loss_weight": sums["loss"][1]}
 

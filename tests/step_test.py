@@ -220,6 +220,22 @@ def test_a_spike_is_a_loss_n_deviations_above_the_running_mean():
     assert_same_bits(after, state)
 
 
+def test_the_norm_of_bfloat16_gradients_is_float32():
+    factor = jax.random.normal(jax.random.key(0), (300, 300)).astype(jnp.bfloat16)
+
+    def objective(params, frozen, batch, rng):
+        product = (params["w"] * factor).astype(jnp.float32).sum()
+        return {"loss": (product, jnp.float32(1.0))}
+
+    optimizer = make_optimizer(OptimConfig(), lambda step: 0.1)
+    state = init_state(lambda key: {"w": jnp.ones((300, 300), jnp.bfloat16)}, optimizer, 0)
+    options = dict(objective=objective, optimizer=optimizer, guard=GuardConfig())
+    state, metrics = train_step(state, toy_batch(1.0), num_micro_batches=1, **options)
+    expected = np.linalg.norm(np.asarray(factor, np.float64))
+    np.testing.assert_allclose(float(metrics["grad_norm"]), expected, rtol=1e-5)
+    assert state.params["w"].dtype == jnp.bfloat16
+
+
 def test_an_unknown_reaction_is_refused():
     with pytest.raises(
         ValueError, match="guard.on_bad_loss is 'halt'; it can be ignore, skip, stop"
