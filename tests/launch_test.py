@@ -34,13 +34,13 @@ JOB = """
 import json, os, pathlib, signal, sys, time
 workdir, how = pathlib.Path(sys.argv[1]), sys.argv[2]
 me = os.environ["HOSTNAME"][-1]
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(how != "deaf"))
 workdir.mkdir(parents=True, exist_ok=True)
 (workdir / f"got{me}").write_text(json.dumps([sys.argv[3:], dict(os.environ), os.getcwd()]))
 saved = workdir / f"saved{me}"
 step = int(saved.read_text()) if saved.exists() else 0
 print("going on from step", step, flush=True)
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(how != "deaf"))
 while True:
     step += 1
     if me == "0":
@@ -121,7 +121,9 @@ def world(tmp_path, monkeypatch):
     version = {"commit": "0a1b2c3", "dirty": False}  # the checkout's may change meanwhile
     monkeypatch.setattr(launch, "code_version", lambda: version)
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
-    monkeypatch.setenv("PATH", f"{FAKE}:{os.environ['PATH']}")
+    # The fake starts 300 times: by the Python of the tests, which needs no search for one.
+    path = f"{FAKE}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
     yield make
     for one in made:
         one.kill()
@@ -188,10 +190,12 @@ def test_from_creation_to_the_end(world, capfd):
     with pytest.raises(ValueError, match="on 1 of 2 workers only: `LAUNCH stop`"):
         pod.start()
 
+    (world.workdir / "got1").unlink()
     pod.resume()
     saved = int((world.workdir / "saved0").read_text())  # worker 0 was asked to end, and saved
     assert saved > 3 and not (world.workdir / "saved1").exists()
     until(lambda: world.step() > saved)
+    until((world.workdir / "got1").exists)
     os.kill(world.pid(1), signal.SIGTERM)
     until(lambda: (world.home(1) / "easylm/pod-1/status").exists())
     pod.resume()  # worker 0 may still write
