@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from easylm_jax import launch
+from easylm_jax import launch, launch_machine
 from easylm_jax.config import from_config_dict
 from easylm_jax.launch_scripts import check_script, copy_script, start_script, stop_script
 from easylm_jax.plan import case_of, make_plan
@@ -117,7 +117,7 @@ def world(tmp_path, monkeypatch):
         monkeypatch.setattr(launch, "CHECKOUT", made[0].checkout)
         return made[0]
 
-    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    monkeypatch.setattr(launch_machine, "POLL_S", 0.01)
     version = {"commit": "0a1b2c3", "dirty": False}  # the checkout's may change meanwhile
     monkeypatch.setattr(launch, "code_version", lambda: version)
     monkeypatch.setenv("FAKE_GCLOUD", str(tmp_path))
@@ -431,9 +431,9 @@ def test_resume_from_rare_states(world, monkeypatch, capfd, nodes, queue, expect
 
 def test_why_a_request_failed_is_said_and_it_is_not_made_again_at_once(world, monkeypatch):
     world = world(queued=True)
-    monkeypatch.setattr(launch.Launcher, "_create", lambda self: None)  # it fails once more
+    monkeypatch.setattr(launch_machine.Machine, "create", lambda self: None)  # it fails once more
     world.change(queue={"pod-1": {"next": [QUOTA, QUOTA, ""]}})
-    monkeypatch.setattr(launch.Launcher, "_delete", lambda self: None)
+    monkeypatch.setattr(launch_machine.Machine, "delete", lambda self: None)
     with pytest.raises(ValueError, match=r"FAILED \(Quota limit exceeded\), not READY"):
         launcher(world).resume()
 
@@ -481,7 +481,7 @@ def test_an_interrupted_wait_says_what_goes_on(world, monkeypatch):
 
     given = dict(dry_run=False, grace_s=1, worker="all", follow=False)
     monkeypatch.setattr(launch, "flags", SimpleNamespace(FLAGS=SimpleNamespace(**given)))
-    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=interrupt))
+    monkeypatch.setattr(launch_machine, "time", SimpleNamespace(sleep=interrupt))
     with pytest.raises(ValueError, match="a request stays in the queue; .* check` shows it"):
         launch.main(["launch", str(ROOT / "configs/launch/tpu.py"), "resume"])
 
