@@ -107,8 +107,9 @@ def test_short_rows_are_split_where_nothing_else_fits():
     for found in search(case, topology, compile=lambda *_: compiled(15)):
         sizes = parse_mesh(found.case.mesh, 64)
         assert sizes["sequence"] > 1 and 8 % (sizes["replica"] * sizes["fsdp"]) == 0
-    more = dataclasses.replace(case, batch_size=64)
-    for found in search(more, topology, compile=None, keep=10_000):  # all that fit
+    for found in search(
+        make_case(rows=64, seq_len=8192), topology, compile=None, keep=10_000
+    ):  # all that fit
         assert parse_mesh(found.case.mesh, 64)["sequence"] == 1
 
 
