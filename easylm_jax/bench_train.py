@@ -160,4 +160,6 @@ def _random_batch(work: Work, vocab_size: int) -> Batch:
 def causal_flops(config: LlamaConfig, seq_len: int) -> float:
     """Per token, forward and backward."""
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
-    return flops_per_token(**{n: getattr(config, n) for n in names}, seq_len=seq_len)["causal"]
+    sizes = {name: getattr(config, name) for name in names}
+    sizes["window"] = config.attention.sliding_window
+    return flops_per_token(**sizes, seq_len=seq_len)["causal"]

@@ -221,22 +221,26 @@ def flops_per_token(
     d_ff: int,
     vocab_size: int,
     seq_len: int,
+    window: int | None = None,
 ) -> dict[str, float]:
     """FLOPs of forward and backward per token of a dense LLaMA, without what remat recomputes.
 
     `causal` is the one that MFU means here: 6 per matmul weight (the output head included, the
     input table not; a tied table counts once, as the head) and 6 L N H T for attention, which looks
-    at half of the square. `six_n` leaves attention out and `full` counts the whole square (12),
-    to compare with figures published that way. Packing is not considered: every row counts as one
+    at half of the square; or at the part of it inside a sliding window of `window` tokens. `six_n`
+    leaves attention out and `full` counts the whole square (12), to compare with figures published
+    that way. Packing is not considered: every row counts as one
     document of `seq_len`, like in all published figures.
     """
     attention_weights = 2 * d_model * head_dim * (num_heads + num_kv_heads)  # q and o, k and v
     weights = num_layers * (attention_weights + 3 * d_model * d_ff) + d_model * vocab_size
-    attention = 6.0 * num_layers * num_heads * head_dim * seq_len
+    window = min(seq_len, window or seq_len)
+    keys = window - window**2 / (2 * seq_len)  # that a query sees, on average
+    per_key = 12.0 * num_layers * num_heads * head_dim
     return {
         "six_n": 6.0 * weights,
-        "causal": 6.0 * weights + attention,
-        "full": 6.0 * weights + 2 * attention,
+        "causal": 6.0 * weights + per_key * keys,
+        "full": 6.0 * weights + per_key * seq_len,
     }
 
 

@@ -31,6 +31,7 @@ def make_throughput(
     """Counts the tokens of each step, and the FLOPs of `model` for MFU, over all devices."""
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "d_model", "d_ff", "vocab_size")
     sizes = {name: getattr(model, name) for name in names}
+    sizes["window"] = model.attention.sliding_window
     return Throughput(
         tokens_per_step=batch_size * seq_len,
         num_devices=jax.device_count(),

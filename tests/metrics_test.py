@@ -151,6 +151,19 @@ def test_six_n_counts_the_parameters():
     assert metrics.flops_per_token(**mistral)["six_n"] == 6 * (7_241_732_096 - norms - 32000 * 4096)
 
 
+@pytest.mark.parametrize("window", [1, 7, 64, 100, None])
+def test_a_window_counts_the_pairs_inside_it(window):
+    """Counted one by one: a query sees the keys before it, the diagonal counts half."""
+    T = LLAMA_7B["seq_len"] // 32
+    back = np.arange(T)[:, None] - np.arange(T)[None]
+    seen = (back > 0) & (back < (window or T))
+    pairs = seen.sum() + (T + (back == (window or T)).sum()) / 2
+    flops = metrics.flops_per_token(**LLAMA_7B | dict(seq_len=T), window=window)
+    expected = 12 * 32 * 32 * 128 * pairs / T
+    assert flops["causal"] - flops["six_n"] == pytest.approx(expected)
+    assert flops["full"] == metrics.flops_per_token(**LLAMA_7B | dict(seq_len=T))["full"]
+
+
 @pytest.mark.parametrize(
     ("kind", "tflops"),
     [

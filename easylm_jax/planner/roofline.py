@@ -16,13 +16,13 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from easylm_jax.chips import Chip
 from easylm_jax.mesh import AXES, parse_mesh
 from easylm_jax.metrics import flops_per_token
-from easylm_jax.models.remat import parse_policy
+from easylm_jax.models.llama import LlamaConfig
+from easylm_jax.models.remat import ATTENTION, parse_policy
 from easylm_jax.optim_state import bytes_per_parameter
 from easylm_jax.planner.case import Case
-from easylm_jax.planner.memory import BYTES, saved_per_token, weights
+from easylm_jax.planner.memory import BYTES, WINDOWED_WAYS, saved_per_token, weights
 from easylm_jax.planner.remat import forward_flops, recomputed_flops
 from easylm_jax.planner.topology import Topology
 
@@ -41,7 +41,11 @@ LIKE = {"h200": "h100"}  # the same compute
 HOST_BANDWIDTH = 16e9  # bytes/s of one chip to its host's memory and back: PCIe, an assumption
 ATTENTION_SLOWER = 2.0  # times as long per FLOP as other products: softmax between them, diagonals
 GPUS_PER_NODE = 8
-WRAPS_FROM = {2: 16, 3: 4}  # a torus dim is closed to a ring from so many chips, by its dims
+WRAPS_FROM = 16  # on a 2D slice a dim is closed to a ring from so many chips
+TILE = 128  # columns of an array on a TPU
+# Along two dims of a torus, of so many chips or more, the compiler scatters a gradient only where
+# its columns, in tiles, have no prime factor above this (read off single compiled collectives).
+LARGEST_PRIME = ((256, 5), (64, 23), (0, math.inf))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +77,11 @@ def roofline(case: Case, topology: Topology) -> Estimate:
     """The estimate of `case` on `topology`.
 
     Raises:
-      ValueError: nothing is known of the speed of this chip (a CPU), or the mesh does not fit.
+      ValueError: the speed of this topology is not known (a CPU), or the mesh does not fit.
     """
     chip = topology.chip
-    if not chip.peak_flops:
-        raise ValueError(
-            f"no roofline for {topology}: the speed of {chip.name!r} is not in chips.py; measure it"
-            " with `python -m easylm_jax.bench`"
-        )
+    if why := unknown_speed(topology):
+        raise ValueError(why)
     sizes = parse_mesh(case.mesh, topology.num_chips)
     efficiency, fitted_to = EFFICIENCY.get(LIKE.get(chip.name, chip.name), DEFAULT_EFFICIENCY)
     flops = model_flops(case)
@@ -91,10 +92,11 @@ def roofline(case: Case, topology: Topology) -> Estimate:
     memory_s = _memory_bytes(case, sizes) / chip.hbm_bandwidth
     update_s = _update_bytes(case, sizes) / chip.hbm_bandwidth
 
-    within, across = _split_over_slices(case.mesh, sizes, topology)
+    fast, slow = _by_network(case.mesh, sizes, topology)
+    whole = summed_whole(case.model, fast, topology)
     seconds = {"ici": 0.0, "dcn": 0.0, "hidden": 0.0, "exposed": 0.0}
-    for traffic in traffics(case, sizes):
-        ici_s, dcn_s = _send_seconds(traffic, within, across, topology)
+    for traffic in traffics(case, sizes, summed_whole=whole):
+        ici_s, dcn_s = _send_seconds(traffic, fast, slow, topology)
         seconds["ici"] += ici_s
         seconds["dcn"] += dcn_s
         seconds["hidden" if traffic.hidden else "exposed"] += ici_s + dcn_s
@@ -116,8 +118,26 @@ def roofline(case: Case, topology: Topology) -> Estimate:
             "gathering weights and scattering gradients along fsdp, reading memory, and offloading "
             f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s run under the products; collectives along tensor "
             "and sequence (ring: hidden) and replica, and the optimiser's update, run alone",
+            f"{whole / (weights(case.model).total / sizes['tensor']):.0%} of the gradients have a "
+            "shape and mesh that this TPU compiler does not scatter along fsdp: it sums them whole "
+            "on every chip, at twice the bytes",
             "rows hold one document each; reading data and checkpoints cost nothing",
         ),
+    )
+
+
+def unknown_speed(topology: Topology) -> str | None:
+    """Why there can be no estimate, in a sentence; None where there can."""
+    chip = topology.chip
+    if not chip.peak_flops:
+        missing = f"the speed of {chip.name!r}"
+    elif topology.num_chips > 1 and not chip.ici_bandwidth:
+        missing = f"the bandwidth between chips of {chip.name!r}"
+    else:
+        return None
+    return (
+        f"no roofline for {topology}: {missing} is not in chips.py; measure it with "
+        "`python -m easylm_jax.bench`"
     )
 
 
@@ -136,6 +156,7 @@ def model_flops(case: Case) -> float:
         d_ff=m.d_ff,
         vocab_size=m.vocab_size,
         seq_len=case.seq_len,
+        window=m.attention.sliding_window,
     )
     return per_token["causal"] * case.tokens_per_step
 
@@ -180,112 +201,180 @@ def _update_bytes(case: Case, sizes: Mapping[str, int]) -> float:
 # ---- what is sent ------------------------------------------------------------------------------
 
 
-def traffics(case: Case, sizes: Mapping[str, int]) -> list[Traffic]:
-    """What a chip sends in a step, by mesh axis, counted as rings send it."""
+def traffics(case: Case, sizes: Mapping[str, int], *, summed_whole: float = 0.0) -> list[Traffic]:
+    """What a chip sends in a step, by mesh axis, counted as rings send it.
+
+    `summed_whole`: so many of the gradients are not scattered along fsdp but summed on every chip.
+    """
     model, micro = case.model, case.micro_batches
     size, tensor = BYTES[model.dtype], sizes["tensor"]
     whole = weights(model).total / tensor  # of the model, over fsdp
     share = {axis: (n - 1) / n for axis, n in sizes.items()}
     tokens = case.tokens_per_step / math.prod(sizes[a] for a in AXES if a != "tensor")
-    stream = size * tokens * model.d_model * model.num_layers
+    stream = size * tokens * model.d_model
     actions = parse_policy(model.remat)
     redone = actions is not None and actions["o"] == "recompute"
-    kv = size * tokens * 2 * model.num_kv_heads * model.head_dim / tensor * model.num_layers
-    ring = model.attention.across_sequence == "ring"
-    again = actions is not None and "recompute" in (actions["attention_out"], actions["k"])
     gradients = 4 * whole / sizes["fsdp"]
+    sums = micro if model.has_dropout else 1  # over replicas in a step: see step.py
+    # All-reduces of the stream, which send everything twice. A layer: o and down forward; q, k, v,
+    # gate and up backward, each apart. Then the embedding, there and back, and the head.
+    all_reduces = model.num_layers * (7 + redone) + 3
     sent = [
         Traffic("fsdp", 2 * size * whole * micro * share["fsdp"], True, "weights, gathered twice"),
-        Traffic("fsdp", 4 * whole * micro * share["fsdp"], True, "gradients, scattered"),
-        # An all-reduce sends everything twice. Two a layer forward, two backward.
-        Traffic("tensor", 2 * stream * (4 + redone) * share["tensor"], False, "activations"),
-        Traffic(
-            "sequence",
-            (3 + again) * kv * (sizes["sequence"] - 1),
-            ring,
-            "keys and values, and their gradients",
-        ),
+        Traffic("fsdp", 4 * (whole + summed_whole) * micro * share["fsdp"], True, "gradients"),
+        Traffic("tensor", 2 * stream * all_reduces * share["tensor"], False, "activations"),
+        *_attention_traffics(case, sizes, tokens * size / tensor * model.num_layers),
         Traffic("sequence", 2 * gradients * micro * share["sequence"], False, "gradients"),
-        Traffic("replica", 2 * gradients * share["replica"], False, "gradients, once a step"),
+        Traffic("replica", 2 * gradients * sums * share["replica"], False, "gradients"),
     ]
     return [traffic for traffic in sent if traffic.num_bytes]
 
 
-def _split_over_slices(
+def _attention_traffics(case: Case, sizes: Mapping[str, int], per_width: float) -> list[Traffic]:
+    """What the attention sends along `sequence`; `per_width`: bytes of arrays one number wide.
+
+    Arrays pass forward and backward, and once more under any remat policy: what arrived has no
+    name that a policy could keep.
+    """
+    model, n = case.model, sizes["sequence"]
+    if n == 1:
+        return []
+    q, kv = (per_width * h * model.head_dim for h in (model.num_heads, 2 * model.num_kv_heads))
+    actions = parse_policy(model.remat)
+    passes = 2 if actions is None else 3
+    across = model.attention.across_sequence
+    if across == "gather":
+        gathered = passes * (n - 1) * kv
+        return [Traffic("sequence", gathered, False, "keys and values, and their gradients")]
+    exchanged = passes * (2 * q + kv)  # q, k, v, and the output
+    if across == "all_to_all":
+        return [Traffic("sequence", exchanged * (n - 1) / n, False, "rows for heads, and back")]
+    again = actions is not None and "recompute" in {actions[name] for name in ATTENTION}
+    turns = (2 + again) * (n - 1) * kv
+    float32 = 4 / BYTES[model.dtype] * n * kv
+    return [
+        Traffic("sequence", turns + float32 + kv, True, "keys, values, their gradients: the ring"),
+        Traffic("sequence", exchanged, False, "halves of rows, to where they are attended"),
+    ]
+
+
+def summed_whole(model: LlamaConfig, fast: Mapping[str, int], topology: Topology) -> float:
+    """How many of a chip's gradients (of its share along `tensor`) are summed whole over `fsdp`.
+
+    As the TPU compiler of `setup.py` has it: it scatters along one torus dim, and where the
+    products are rings of partial ones; never along all three dims or a square 2D slice; along two
+    dims by the number of columns. A kernel split along D is laid out by its other dim where the
+    part of a chip is no whole tile.
+    """
+    dims = [topology.shape[d] for d in _torus_dims(topology.shape, fast).get("fsdp", ())]
+    ways, tensor, D = math.prod(dims), fast["tensor"], model.d_model
+    if len(dims) < 2 or ways <= WINDOWED_WAYS:
+        return 0.0
+    if len(dims) == 3 or (topology.chip.ici_dims == 2 and dims[0] == dims[1]):
+        return weights(model).total / tensor
+    limit = next(prime for least, prime in LARGEST_PRIME if ways >= least)
+    q_width, kv_width = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
+    L, V = model.num_layers, 0 if model.tie_embeddings else model.vocab_size
+    by_rows = [(L, q_width), (2 * L, kv_width), (2 * L, model.d_ff), (1, V)]  # q; k, v; ...; head
+    by_columns = [(L, q_width), (L, model.d_ff), (1, model.vocab_size)]  # o; down; the embedding
+    kernels = [(times, width, width / tensor) for times, width in by_rows]
+    kernels += [
+        (times, width, width / tensor if D / ways % TILE else D) for times, width in by_columns
+    ]
+    summed = [
+        times * D * width
+        for times, width, columns in kernels
+        if _largest_prime(math.ceil(columns / TILE)) > limit
+    ]
+    return sum(summed) / tensor
+
+
+def _largest_prime(n: int) -> int:
+    """The largest prime factor of n; 1 of 1."""
+    factor = 2
+    while factor * factor <= n:
+        n, factor = (n // factor, factor) if n % factor == 0 and n > factor else (n, factor + 1)
+    return n
+
+
+def _by_network(
     mesh: str, sizes: Mapping[str, int], topology: Topology
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Axis sizes within a slice and across slices: as written after "@", else outer axes first."""
-    across = dict.fromkeys(AXES, 1)
-    if "@" in mesh:
-        across = parse_mesh(mesh.removeprefix("!").partition("@")[2], topology.num_slices)
+    """Axis sizes over the fast network and over the slow one.
+
+    Of TPU slices as written after "@", else outer axes across. A node has 8 GPUs whatever is
+    written, and inner axes lie together.
+    """
+    slow = dict.fromkeys(AXES, 1)
+    if topology.chip.ici_dims == 0:
+        left = min(GPUS_PER_NODE, math.prod(topology.shape))
+        for axis in reversed(AXES):
+            together = sizes[axis] if sizes[axis] <= left else math.gcd(sizes[axis], left)
+            slow[axis] = sizes[axis] // together
+            left //= together
+    elif "@" in mesh:
+        try:
+            slow = parse_mesh(mesh.removeprefix("!").partition("@")[2], topology.num_slices)
+        except ValueError as error:
+            raise ValueError(
+                f"mesh {mesh!r} does not fit {topology}; let the sizes after the @ multiply to "
+                f"{topology.num_slices}, its number of slices"
+            ) from error
     else:
         left = topology.num_slices
         for axis in AXES:
-            across[axis] = math.gcd(sizes[axis], left)
-            left //= across[axis]
-    return {axis: sizes[axis] // across[axis] for axis in AXES}, across
+            slow[axis] = math.gcd(sizes[axis], left)
+            left //= slow[axis]
+    return {axis: sizes[axis] // slow[axis] for axis in AXES}, slow
 
 
 def _send_seconds(
-    traffic: Traffic, within: Mapping[str, int], across: Mapping[str, int], topology: Topology
+    traffic: Traffic, fast: Mapping[str, int], slow: Mapping[str, int], topology: Topology
 ) -> tuple[float, float]:
     """Seconds on the fast network and on the slow one.
 
-    Over both, the collective runs within slices first: only 1/within of it crosses.
+    Over both, the collective runs on the fast one first: only 1/fast of it crosses, through the
+    cards of all that have a part of it.
     """
-    axis, chip = traffic.axis, topology.chip
-    ici_s = dcn_s = 0.0
-    if chip.ici_dims == 0:
-        return _gpu_seconds(traffic, within, chip)
-    if within[axis] > 1:
-        ici_s = traffic.num_bytes / torus_bandwidth(axis, within, topology)
-    if across[axis] > 1:
-        dcn_s = traffic.num_bytes / within[axis] / chip.dcn_bandwidth
-    return ici_s, dcn_s
+    axis = traffic.axis
+    fast_s = slow_s = 0.0
+    if fast[axis] > 1:
+        fast_s = traffic.num_bytes / bandwidth_along(axis, fast, topology)
+    if slow[axis] > 1:
+        slow_s = traffic.num_bytes / fast[axis] / topology.chip.dcn_bandwidth
+    return fast_s, slow_s
 
 
-def _gpu_seconds(traffic: Traffic, sizes: Mapping[str, int], chip: Chip) -> tuple[float, float]:
-    """NVLink within a node of 8, one network card per GPU between nodes; inner axes lie together.
-
-    The members of a group that share a node share the work of their cards.
-    """
-    inner = math.prod(sizes[a] for a in AXES[AXES.index(traffic.axis) + 1 :])
-    together = max(1, min(sizes[traffic.axis], GPUS_PER_NODE // inner))
-    if together == sizes[traffic.axis]:
-        return traffic.num_bytes / chip.ici_bandwidth, 0.0
-    fast_s = traffic.num_bytes / chip.ici_bandwidth if together > 1 else 0.0
-    return fast_s, traffic.num_bytes / together / chip.dcn_bandwidth
-
-
-def torus_bandwidth(axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
+def bandwidth_along(axis: str, fast: Mapping[str, int], topology: Topology) -> float:
     """Bytes/s that a chip sends along a mesh axis: all links of the torus dims that it takes.
 
-    A torus dim that is not closed to a ring counts half. An axis that is no product of dims shares
-    one with others, as an open line.
+    A torus dim that is not closed to a ring counts half: of a 3D slice all are, if each is a
+    multiple of 4. An axis that is no product of dims shares one with others, as an open line.
     """
-    chip = topology.chip
+    chip, shape = topology.chip, topology.shape
+    if chip.ici_dims == 0:
+        return chip.ici_bandwidth  # NVLink
     per_dim = chip.ici_bandwidth / chip.ici_dims
-    dims = _torus_dims(topology.shape, sizes).get(axis)
+    dims = _torus_dims(shape, fast).get(axis)
     if dims is None:
         return per_dim / 2
-    wraps_from = WRAPS_FROM[chip.ici_dims]
-    return per_dim * sum(1.0 if topology.shape[d] >= wraps_from else 0.5 for d in dims)
+    if chip.ici_dims == 3:
+        return per_dim * len(dims) * (1.0 if all(n % 4 == 0 for n in shape) else 0.5)
+    return per_dim * sum(1.0 if shape[d] >= WRAPS_FROM else 0.5 for d in dims)
 
 
 def _torus_dims(shape: tuple[int, ...], sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Which torus dims each mesh axis takes, inner axes first: those whose product is its size."""
-    free, taken = set(range(len(shape))), {}
+    """Which torus dims each mesh axis takes, as jax lays a mesh: inner axes first, and each as many
+    dims as multiply to its size."""
+    free, taken = {d for d, size in enumerate(shape) if size > 1}, {}
     for axis in reversed(AXES):
-        if sizes[axis] == 1:
-            continue
-        for count in range(1, len(free) + 1):
-            fits = [
-                dims
-                for dims in itertools.combinations(sorted(free), count)
-                if math.prod(shape[d] for d in dims) == sizes[axis]
-            ]
-            if fits:
-                taken[axis] = fits[0]
-                free -= set(fits[0])
-                break
+        fits = [
+            dims
+            for count in range(len(free), 0, -1)
+            for dims in itertools.combinations(sorted(free), count)
+            if math.prod(shape[d] for d in dims) == sizes[axis]
+        ]
+        if fits:
+            taken[axis] = fits[0]
+            free -= set(fits[0])
     return taken

@@ -93,9 +93,9 @@ def parse_topology(name: str) -> Topology:
     except ValueError:
         shape, num_slices = (), 0
     shapes = slice_shapes(family)
-    counts = shapes or len(shape) == 1  # of chips: any number of them
+    counts = shapes or len(shape) == (CHIPS[family].ici_dims or 1)  # of chips: any number
     if min(*shape, num_slices, 1) < 1 or not shape or not counts:
-        example = "4x4x8" if family in LARGEST else "16x16" if shapes else "8"
+        example = {2: "16x16", 3: "4x4x8"}.get(CHIPS[family].ici_dims, "8")
         raise ValueError(
             f"topology {name!r} is not understood; write CHIP:SIZE or CHIP:SIZE@SLICES, such as "
             f"{family}:{example} or {family}:{example}@2"
