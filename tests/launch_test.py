@@ -449,7 +449,7 @@ def test_a_pod_that_could_not_save_or_find_itself_is_refused(world):
     pod = dataclasses.replace(pod, command=train)
     pod.check_workers(1)
     with pytest.raises(ValueError, match="has 16 workers, each of which writes its part"):
-        pod.check_workers(16)
+        launch.Launcher(pod, itself="LAUNCH")._start(launch_machine.State("READY", 16))
     pod = dataclasses.replace(pod, workdir="gs://bucket/run")
     with pytest.raises(ValueError, match="add --config.distributed.initialize=True to command"):
         pod.check_workers(16)
