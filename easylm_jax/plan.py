@@ -46,7 +46,7 @@ class Plan:
     case: Case
     topology: Topology
     parts: memory.Parts
-    estimate: roofline.Estimate | None  # None: nothing is known of the chip's speed
+    estimate: roofline.Estimate | None  # None: `roofline.unknown_speed` says why
     compiled: Compiled | None
 
     @property
@@ -69,7 +69,7 @@ def make_plan(case: Case, topology: Topology, *, compiles: bool = True) -> Plan:
     sizes = parse_mesh(case.mesh, topology.num_chips)
     case.check_divides(sizes)
     compiled = compile_step(case, topology) if compiles else None
-    speed = roofline.roofline(case, topology) if topology.chip.peak_flops else None
+    speed = None if roofline.unknown_speed(topology) else roofline.roofline(case, topology)
     parts = memory.estimate(case, sizes, on_cpu=topology.chip.name == "cpu")
     return Plan(case, topology, parts, speed, compiled)
 
@@ -80,7 +80,7 @@ def find(case: Case, topology: Topology, *, compiles: bool = True, keep: int = 3
     Raises:
       ValueError: nothing is known of the chip's speed, or nothing fits.
     """
-    if not topology.chip.peak_flops:
+    if roofline.unknown_speed(topology):
         raise ValueError(
             f"--search compares speeds, and nothing is known of that of {topology}; name the chip "
             "that you will use, such as --topology=v5e:4x4 or --topology=h100:8"
@@ -170,8 +170,7 @@ def as_text(plan: Plan) -> str:
     blocks = [head, _memory_text(plan)]
     if plan.compiled and not plan.compiled.ran_out_of_memory:
         blocks.append(_collectives_text(plan.compiled))
-    if plan.estimate:
-        blocks.append(_speed_text(plan))
+    blocks.append(_speed_text(plan) if plan.estimate else roofline.unknown_speed(topology))
     return "\n\n".join(blocks)
 
 
@@ -294,7 +293,7 @@ def show(
         return
     plan = make_plan(case, topology, compiles=compiles)
     print(json.dumps(as_json(plan)) if as_one_line else as_text(plan), flush=True)
-    if not plan.fits and topology.chip.peak_flops:
+    if not plan.fits and plan.estimate:
         raise ValueError(what_would_fit(case, topology, {case: plan.peak_bytes}))
 
 

@@ -36,7 +36,7 @@ EFFICIENCY: dict[str, tuple[float, str]] = {
     "a100": (0.556, "IBM fms-fsdp 7B, 128 A100"),
     "h100": (0.535, "MaxText Llama2-7B, 8 H100"),
 }
-DEFAULT_EFFICIENCY = (0.55, "no run of this chip: the middle of the others")
+DEFAULT_EFFICIENCY = (0.55, "none of this chip, so the middle of the others")
 LIKE = {"h200": "h100"}  # the same compute
 HOST_BANDWIDTH = 16e9  # bytes/s of one chip to its host's memory and back: PCIe, an assumption
 ATTENTION_SLOWER = 2.0  # times as long per FLOP as other products: softmax between them, diagonals
@@ -118,11 +118,20 @@ def roofline(case: Case, topology: Topology) -> Estimate:
             "gathering weights and scattering gradients along fsdp, reading memory, and offloading "
             f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s run under the products; collectives along tensor "
             "and sequence (ring: hidden) and replica, and the optimiser's update, run alone",
-            f"{whole / (weights(case.model).total / sizes['tensor']):.0%} of the gradients have a "
-            "shape and mesh that this TPU compiler does not scatter along fsdp: it sums them whole "
-            "on every chip, at twice the bytes",
             "rows hold one document each; reading data and checkpoints cost nothing",
+            *(
+                (_summed_text(whole * sizes["tensor"] / weights(case.model).total),)
+                if whole
+                else ()
+            ),
         ),
+    )
+
+
+def _summed_text(share: float) -> str:
+    return (
+        f"{share:.0%} of the gradients have a shape and a mesh that the TPU compiler does not "
+        "scatter along fsdp: every chip sums them whole, which sends twice the bytes"
     )
 
 

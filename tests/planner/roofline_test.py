@@ -15,7 +15,7 @@ from easylm_jax.models.attention import AttentionConfig
 from easylm_jax.models.llama import num_params
 from easylm_jax.models.presets import preset
 from easylm_jax.optim import OptimConfig
-from easylm_jax.plan import case_of
+from easylm_jax.plan import as_text, case_of, make_plan
 from easylm_jax.planner import roofline as module
 from easylm_jax.planner.case import Case
 from easylm_jax.planner.roofline import bandwidth_along, roofline, summed_whole, traffics
@@ -152,8 +152,11 @@ def test_every_chip_has_an_estimate_or_one_sentence(name):
     if chip.peak_flops and chip.ici_bandwidth:
         assert 0 < roofline(case, topology).mfu < 1
         return
-    with pytest.raises(ValueError, match=f"no roofline for {topology}: the .* is not in chips.py"):
+    with pytest.raises(
+        ValueError, match=f"no roofline for {topology}: the .* is not in chips.py"
+    ) as error:
         roofline(case, topology)
+    assert as_text(make_plan(case, topology, compiles=False)).endswith(str(error.value))
     if chip.peak_flops:  # one chip sends nothing
         one = parse_topology(":".join((name, size.replace("4", "1").replace("8", "1"))))
         assert 0 < roofline(case, one).mfu < 1
