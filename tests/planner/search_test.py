@@ -1,6 +1,5 @@
 """The search with a compiler that only pretends."""
 
-import dataclasses
 import time
 
 import pytest
