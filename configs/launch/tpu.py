@@ -28,7 +28,7 @@ def get_config():
             command=(
                 *("python", "-m", "easylm_jax.train", f"--workdir={WORKDIR}"),
                 "--config=configs/llama_pretrain.py:7b",
-                "--config.micro_batches=4",  # of 32,768 tokens a chip at most, see easylm_jax.plan
+                "--config.micro_batches=4",  # of 16,384 tokens a chip; all at once need 194 GiB
                 "--config.data.root=gs://BUCKET/tokens",
                 "--config.tokenizer=gs://BUCKET/tokens/tokenizer",
                 "--config.distributed.initialize=True",  # the workers find one another
