@@ -64,6 +64,17 @@ class Estimate:
     assumptions: tuple[str, ...]
 
 
+class AllReduced(NamedTuple):
+    """Parameters of a chip's share along `tensor` for which the TPU compiler sends an all-reduce
+    along `fsdp`, twice the bytes: where they should be gathered, and their gradients scattered."""
+
+    gathered: float = 0.0
+    summed: float = 0.0
+
+
+NOTHING = AllReduced()
+
+
 class Traffic(NamedTuple):
     """What a chip sends in a step along one mesh axis."""
 
@@ -93,9 +104,9 @@ def roofline(case: Case, topology: Topology) -> Estimate:
     update_s = _update_bytes(case, sizes) / chip.hbm_bandwidth
 
     fast, slow = _by_network(case.mesh, sizes, topology)
-    whole = summed_whole(case.model, fast, topology)
+    whole = all_reduced(case.model, fast, topology)
     seconds = {"ici": 0.0, "dcn": 0.0, "hidden": 0.0, "exposed": 0.0}
-    for traffic in traffics(case, sizes, summed_whole=whole):
+    for traffic in traffics(case, sizes, whole):
         ici_s, dcn_s = _send_seconds(traffic, fast, slow, topology)
         seconds["ici"] += ici_s
         seconds["dcn"] += dcn_s
@@ -119,20 +130,19 @@ def roofline(case: Case, topology: Topology) -> Estimate:
             f"at {HOST_BANDWIDTH / 1e9:.0f} GB/s run under the products; collectives along tensor "
             "and sequence (ring: hidden) and replica, and the optimiser's update, run alone",
             "rows hold one document each; reading data and checkpoints cost nothing",
-            *(
-                (_summed_text(whole * sizes["tensor"] / weights(case.model).total),)
-                if whole
-                else ()
-            ),
+            *_whole_texts(whole, weights(case.model).total / sizes["tensor"]),
         ),
     )
 
 
-def _summed_text(share: float) -> str:
-    return (
-        f"{share:.0%} of the gradients have a shape and a mesh that the TPU compiler does not "
-        "scatter along fsdp: every chip sums them whole, which sends twice the bytes"
-    )
+def _whole_texts(whole: AllReduced, total: float) -> list[str]:
+    if not whole.summed:
+        return []
+    what = "of the weights and gradients" if whole.gathered else "of the gradients"
+    return [
+        f"{whole.summed / total:.0%} {what} have a shape and a mesh for which the TPU compiler "
+        "sends the whole arrays along fsdp, by all-reduces: twice the bytes"
+    ]
 
 
 def unknown_speed(topology: Topology) -> str | None:
@@ -210,27 +220,25 @@ def _update_bytes(case: Case, sizes: Mapping[str, int]) -> float:
 # ---- what is sent ------------------------------------------------------------------------------
 
 
-def traffics(case: Case, sizes: Mapping[str, int], *, summed_whole: float = 0.0) -> list[Traffic]:
-    """What a chip sends in a step, by mesh axis, counted as rings send it.
-
-    `summed_whole`: so many of the gradients are not scattered along fsdp but summed on every chip.
-    """
+def traffics(case: Case, sizes: Mapping[str, int], whole: AllReduced = NOTHING) -> list[Traffic]:
+    """What a chip sends in a step, by mesh axis, counted as rings send it."""
     model, micro = case.model, case.micro_batches
     size, tensor = BYTES[model.dtype], sizes["tensor"]
-    whole = weights(model).total / tensor  # of the model, over fsdp
+    total = weights(model).total / tensor  # of the model, over fsdp
     share = {axis: (n - 1) / n for axis, n in sizes.items()}
     tokens = case.tokens_per_step / math.prod(sizes[a] for a in AXES if a != "tensor")
     stream = size * tokens * model.d_model
     actions = parse_policy(model.remat)
     redone = actions is not None and actions["o"] == "recompute"
-    gradients = 4 * whole / sizes["fsdp"]
+    gradients = 4 * total / sizes["fsdp"]
     sums = micro if model.has_dropout else 1  # over replicas in a step: see step.py
     # All-reduces of the stream, which send everything twice. A layer: o and down forward; q, k, v,
     # gate and up backward, each apart. Then the embedding, there and back, and the head.
     all_reduces = model.num_layers * (7 + redone) + 3
+    gathered, scattered = (micro * (total + more) for more in whole)
     sent = [
-        Traffic("fsdp", 2 * size * whole * micro * share["fsdp"], True, "weights, gathered twice"),
-        Traffic("fsdp", 4 * (whole + summed_whole) * micro * share["fsdp"], True, "gradients"),
+        Traffic("fsdp", 2 * size * gathered * share["fsdp"], True, "weights, gathered twice"),
+        Traffic("fsdp", 4 * scattered * share["fsdp"], True, "gradients"),
         Traffic("tensor", 2 * stream * all_reduces * share["tensor"], False, "activations"),
         *_attention_traffics(case, sizes, tokens * size / tensor * model.num_layers),
         Traffic("sequence", 2 * gradients * micro * share["sequence"], False, "gradients"),
@@ -267,20 +275,23 @@ def _attention_traffics(case: Case, sizes: Mapping[str, int], per_width: float) 
     ]
 
 
-def summed_whole(model: LlamaConfig, fast: Mapping[str, int], topology: Topology) -> float:
-    """How many of a chip's gradients (of its share along `tensor`) are summed whole over `fsdp`.
+def all_reduced(model: LlamaConfig, fast: Mapping[str, int], topology: Topology) -> AllReduced:
+    """What the TPU compiler of `setup.py` neither gathers nor scatters.
 
-    As the TPU compiler of `setup.py` has it: it scatters along one torus dim, and where the
-    products are rings of partial ones; never along all three dims or a square 2D slice; along two
-    dims by the number of columns. A kernel split along D is laid out by its other dim where the
-    part of a chip is no whole tile.
+    It does both along one torus dim, and where the products are rings of partial ones, and neither
+    along three dims. Along a square 2D slice it scatters nothing; along other two dims it depends
+    on the number of columns. A kernel split along D is laid out by its other dim where the part of
+    a chip is no whole tile.
     """
     dims = [topology.shape[d] for d in _torus_dims(topology.shape, fast).get("fsdp", ())]
     ways, tensor, D = math.prod(dims), fast["tensor"], model.d_model
+    total = weights(model).total / tensor
     if len(dims) < 2 or ways <= WINDOWED_WAYS:
-        return 0.0
-    if len(dims) == 3 or (topology.chip.ici_dims == 2 and dims[0] == dims[1]):
-        return weights(model).total / tensor
+        return NOTHING
+    if len(dims) == 3:
+        return AllReduced(total, total)
+    if topology.chip.ici_dims == 2 and dims[0] == dims[1]:
+        return AllReduced(summed=total)
     limit = next(prime for least, prime in LARGEST_PRIME if ways >= least)
     q_width, kv_width = (n * model.head_dim for n in (model.num_heads, model.num_kv_heads))
     L, V = model.num_layers, 0 if model.tie_embeddings else model.vocab_size
@@ -295,7 +306,7 @@ def summed_whole(model: LlamaConfig, fast: Mapping[str, int], topology: Topology
         for times, width, columns in kernels
         if _largest_prime(math.ceil(columns / TILE)) > limit
     ]
-    return sum(summed) / tensor
+    return AllReduced(summed=sum(summed) / tensor)
 
 
 def _largest_prime(n: int) -> int:

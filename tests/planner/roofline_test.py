@@ -18,7 +18,7 @@ from easylm_jax.optim import OptimConfig
 from easylm_jax.plan import as_text, case_of, make_plan
 from easylm_jax.planner import roofline as module
 from easylm_jax.planner.case import Case
-from easylm_jax.planner.roofline import bandwidth_along, roofline, summed_whole, traffics
+from easylm_jax.planner.roofline import all_reduced, bandwidth_along, roofline, traffics
 from easylm_jax.planner.topology import devices, parse_topology
 from easylm_jax.train import TrainConfig
 
@@ -32,8 +32,8 @@ def make_case(name="llama_7b", *, rows=1024, mesh="1,-1,1,1", micro=1, seq_len=2
     return Case(model, OptimConfig(), rows, seq_len, micro, mesh)
 
 
-def sent(case, sizes):
-    return {(t.axis, t.what.split(",")[0]): t.num_bytes for t in traffics(case, sizes)}
+def sent(case, sizes, *whole):
+    return {(t.axis, t.what.split(",")[0]): t.num_bytes for t in traffics(case, sizes, *whole)}
 
 
 def test_llama_65b_on_2048_a100_and_other_published_runs():
@@ -196,7 +196,7 @@ def test_pods_send_what_the_compiler_says():
     """Gradients summed whole or scattered along fsdp, and the ring: against compiled programs."""
     for case, topology, collectives in pods():
         sizes = parse_mesh(case.mesh, topology.num_chips)
-        whole = summed_whole(case.model, sizes, topology)
+        whole = all_reduced(case.model, sizes, topology).summed
         reduced = [c for c in collectives if c["dtype"] == "f32" and c["axes"] == "fsdp"]
         got = sum(c["bytes"] for c in reduced if c["kind"] == "all-reduce") / case.micro_batches / 4
         assert got == pytest.approx(whole, abs=0.02 * num_params(case.model))
@@ -225,20 +225,25 @@ def test_which_gradients_the_tpu_compiler_sums_whole(topology, fsdp, kernels):
     model = preset("llama_65b")
     sizes = {"mlp": 80 * 3 * 8192 * 22_016, "all": num_params(model)}
     want = sum(sizes[name] for name in kernels)
-    got = summed_whole(model, ONE | dict(fsdp=fsdp), parse_topology(topology))
-    assert got == want
+    got = all_reduced(model, ONE | dict(fsdp=fsdp), parse_topology(topology))
+    assert got == (want if fsdp == 2048 else 0, want)
+    case = make_case("llama_65b", rows=2048)
+    bytes_sent = sent(case, ONE | dict(fsdp=fsdp), got)
+    share = (fsdp - 1) / fsdp
+    assert bytes_sent[("fsdp", "gradients")] == 4 * (num_params(model) + want) * share
+    assert bytes_sent[("fsdp", "weights")] == 2 * 2 * (num_params(model) + got.gathered) * share
 
 
 def test_columns_are_those_of_a_chip():
     """65B's MLP has 43 x 4 tiles of 128 columns, and on each of 16 chips 11."""
     sizes = ONE | dict(fsdp=128, tensor=16)
-    assert summed_whole(preset("llama_65b"), sizes, parse_topology("v5p:8x16x16")) == 0
+    assert all_reduced(preset("llama_65b"), sizes, parse_topology("v5p:8x16x16")) == (0, 0)
 
 
 def test_down_has_its_own_columns_where_a_chip_gets_whole_tiles_of_them():
     """[22016, 8192] split into [22016, 128] is laid out by its 8,192 columns: scattered."""
-    got = summed_whole(preset("llama_65b"), ONE | dict(fsdp=64), parse_topology("v5p:8x8x8"))
-    assert got == 80 * 2 * 8192 * 22_016  # gate and up alone
+    got = all_reduced(preset("llama_65b"), ONE | dict(fsdp=64), parse_topology("v5p:8x8x8"))
+    assert got.summed == 80 * 2 * 8192 * 22_016  # gate and up alone
 
 
 def test_what_attention_sends_along_sequence_by_hand():
