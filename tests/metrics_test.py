@@ -3,11 +3,16 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from easylm_jax import metrics
+from easylm_jax.bench_train import causal_flops
+from easylm_jax.models.attention import AttentionConfig
+from easylm_jax.models.presets import preset
+from easylm_jax.monitor import make_throughput
 
 LLAMA_7B = dict(
     num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128, d_model=4096, d_ff=11008,
@@ -162,6 +167,16 @@ def test_a_window_counts_the_pairs_inside_it(window):
     expected = 12 * 32 * 32 * 128 * pairs / T
     assert flops["causal"] - flops["six_n"] == pytest.approx(expected)
     assert flops["full"] == metrics.flops_per_token(**LLAMA_7B | dict(seq_len=T))["full"]
+
+
+def test_training_and_bench_count_the_window_of_their_model():
+    """Mistral 7B at 32k tokens with a window of 4,096."""
+    model = preset("mistral_7b", attention=AttentionConfig(sliding_window=4096))
+    assert causal_flops(model, 32_768) == pytest.approx(48.7e9, rel=1e-3)
+    meter = make_throughput(model, 1, 32_768, peak=1e12)
+    meter.add(1.0, 0.0)
+    per_second = 32_768 / jax.device_count() * 48.7e9
+    assert meter.summary()["perf/mfu"] == pytest.approx(per_second / 1e12, rel=1e-3)
 
 
 @pytest.mark.parametrize(
