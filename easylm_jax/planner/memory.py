@@ -31,10 +31,10 @@ IDS_PER_TOKEN = 5  # arrays of a Batch, 4 bytes each
 # the shapes says why; in eight programs of 7B to 65B by 2.5 to 4.8 float32 gradients of the head,
 # mostly 3. Less where memory is short. experiments/plan_accuracy has the table.
 FRAGMENTS = 2.75
-# Where heads and d_ff are split over `tensor`, the gradients of the inputs of q, k, v, gate and up
-# are float32 sums over a part of them, as wide as the stream, until they are added up over chips.
-# One is alive at once; the compiler's sum holds five more (1B of 4 layers, tensor 4 and 8).
-PARTIAL_SUMS = 5
+# Where `tensor` or `sequence` split a layer that sum holds so many float32 arrays of the stream's
+# width more. Under tensor they are the gradients of the inputs of q, k, v, gate and up, partial
+# sums until they are added up over chips; under sequence the number was measured and no more.
+STREAMS = 5
 # Up to so many ways the compiler turns "gather, then multiply" into a ring of partial products,
 # and holds fewer whole gradients of kernels at once (see `_layer_gradients`).
 WINDOWED_WAYS = 16
@@ -140,9 +140,10 @@ def moments(case: Case, sizes: Mapping[str, int], *, on_cpu: bool = False) -> di
 
     # Micro-batches are added up in float32, beside the gradient of the present one.
     added_up = 4 * all_weights.total / ways if case.micro_batches > 1 else 0.0
-    partial_sum = 4 * M * model.d_model if tensor > 1 else 0.0
+    stream = 4 * M * model.d_model
+    splits_layer = tensor * sizes["sequence"] > 1
     base = Parts(
-        fragmentation=PARTIAL_SUMS * partial_sum + (FRAGMENTS * 4 * table if fsdp > 1 else 0.0),
+        fragmentation=FRAGMENTS * 4 * table * (fsdp > 1) + STREAMS * stream * splits_layer,
         parameters=master * all_weights.total / ways,
         optimiser=bytes_per_parameter(case.optim) * all_weights.total / ways,
         batch=4 * IDS_PER_TOKEN * tokens,
@@ -172,7 +173,7 @@ def moments(case: Case, sizes: Mapping[str, int], *, on_cpu: bool = False) -> di
         + _layer_gradients(model, tensor=tensor, fsdp=fsdp),
         loss=head_gradient,  # is split over fsdp only after the layers
         gathered_parameters=own_cast + _gathered(model, tensor=tensor, fsdp=fsdp),
-        temporaries=_layer_temporaries(case, sizes, M) + partial_sum,
+        temporaries=_layer_temporaries(case, sizes, M) + stream * (tensor > 1),
     )
     after_layers = dataclasses.replace(
         base,
@@ -203,7 +204,10 @@ def _layer_temporaries(case: Case, sizes: Mapping[str, int], M: float) -> float:
     size = BYTES[model.dtype]
     q_width, kv_width = (n * model.head_dim / tensor for n in (model.num_heads, model.num_kv_heads))
     in_layer = size * M * (3 * model.d_ff / tensor + 3 * model.d_model + 4 * q_width)
-    row_parts = 1 if model.attention.across_sequence == "ring" else sizes["sequence"]
+    row_parts = sizes["sequence"]
+    if row_parts > 1 and model.attention.across_sequence == "ring":
+        row_parts = 1
+        in_layer += 2 * (size + 4) * M * kv_width  # keys, values and their gradients that arrive
     attended = M * row_parts if sizes["sequence"] > 1 else 0.0  # keys and values from other chips
     if model.attention.implementation == "blockwise":  # float32 sums for q, k and v
         attended_here = max(attended, M)

@@ -88,11 +88,14 @@ def test_the_total_is_within_a_tenth_of_compiled_programs(topology, options, pea
 
 ROWS = ONE_B | dict(rows=2, seq_len=16_384, mesh="1,2,4,1")
 TENSOR = dict(name="llama_7b", num_layers=4, rows=8, mesh="1,4,1,4", remat="linear_outputs")
+RING = dict(name="llama_7b", num_layers=4, rows=16, seq_len=16_384, mesh="1,4,4,1", remat="full")
+RING |= dict(attention=AttentionConfig(across_sequence="ring"))
 SPLIT = [
     (8, ROWS | dict(attention=AttentionConfig(across_sequence="ring")), 3668),
     (8, ROWS | dict(attention=dataclasses.replace(SPLASH, across_sequence="gather")), 3544),
     (8, ROWS | dict(attention=dataclasses.replace(SPLASH, across_sequence="all_to_all")), 3587),
-    (16, TENSOR, 3126),  # on v5p, the others on v5e
+    (16, TENSOR, 3126),  # this and the next on v5p, the others on v5e
+    (16, RING, 12_766),
 ]
 
 
