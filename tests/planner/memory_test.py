@@ -64,7 +64,6 @@ def test_the_state_is_that_of_the_sharded_shapes(state_dtype):
 # program) with splash attention; experiments/plan_accuracy has more.
 MAPS = "q:keep,k:keep,v:keep,attention_out:keep,attention_lse:keep"
 LINEAR = "linear_outputs_and_attention"
-ONE_B = dict(name="llama3.2_1b", num_layers=4, vocab_size=8192, tie_embeddings=False, remat="full")
 COMPILED = [
     ("v5e:4x4", dict(name="llama_7b", rows=16, num_layers=4, remat="full"), 3688),
     ("v5e:16x16", dict(name="llama_7b", rows=256, remat="full"), 3950),
@@ -73,8 +72,6 @@ COMPILED = [
     ("v5e:16x16", dict(name="llama_7b", rows=2048, micro=4, remat=MAPS), 8955),
     ("v6e:16x16", dict(name="llama_13b", rows=2048, micro=4, remat=MAPS), 13_979),
     ("v5p:8x16x16", dict(name="llama_65b", rows=2048, mesh="8,256,1,1", remat=LINEAR), 38880),
-    ("v5e:2x4", ONE_B | dict(rows=8, mesh="1,1,1,8"), 1963),
-    ("v5e:2x4", ONE_B | dict(rows=8, mesh="1,2,1,4"), 1444),
 ]
 
 
@@ -86,26 +83,35 @@ def test_the_total_is_within_a_tenth_of_compiled_programs(topology, options, pea
     assert total / MIB == pytest.approx(peak_mib, rel=0.1)
 
 
+ONE_B = dict(name="llama3.2_1b", num_layers=4, vocab_size=8192, tie_embeddings=False, remat="full")
 ROWS = ONE_B | dict(rows=2, seq_len=16_384, mesh="1,2,4,1")
 TENSOR = dict(name="llama_7b", num_layers=4, rows=8, mesh="1,4,1,4", remat="linear_outputs")
 RING = dict(name="llama_7b", num_layers=4, rows=16, seq_len=16_384, mesh="1,4,4,1", remat="full")
 RING |= dict(attention=AttentionConfig(across_sequence="ring"))
-SPLIT = [
-    (8, ROWS | dict(attention=AttentionConfig(across_sequence="ring")), 3668),
-    (8, ROWS | dict(attention=dataclasses.replace(SPLASH, across_sequence="gather")), 3544),
-    (8, ROWS | dict(attention=dataclasses.replace(SPLASH, across_sequence="all_to_all")), 3587),
-    (16, TENSOR, 3126),  # this and the next on v5p, the others on v5e
-    (16, RING, 12_766),
+SPLIT = [  # chips, case, MiB that are alive at the fullest moment, MiB asked for
+    (8, ONE_B | dict(rows=8, mesh="1,1,1,8"), 1295, 1963),
+    (8, ONE_B | dict(rows=8, mesh="1,2,1,4"), 1083, 1444),
+    (8, ROWS | dict(attention=AttentionConfig(across_sequence="ring")), 2973, 3668),
+    (8, ROWS | dict(attention=dataclasses.replace(SPLASH, across_sequence="gather")), 2893, 3544),
+    (
+        8,
+        ROWS | dict(attention=dataclasses.replace(SPLASH, across_sequence="all_to_all")),
+        2851,
+        3587,
+    ),
+    (16, TENSOR, 2198, 3126),  # this and the next on v5p, the others on v5e
+    (16, RING, 9432, 12_766),
 ]
 
 
-@pytest.mark.parametrize("chips, options, peak_mib", SPLIT)
-def test_over_tensor_and_sequence_it_is_too_low_by_what_the_search_leaves_free(
-    chips, options, peak_mib
+@pytest.mark.parametrize("chips, options, alive_mib, peak_mib", SPLIT)
+def test_over_tensor_and_sequence_it_is_too_low_by_less_than_the_search_leaves_free(
+    chips, options, alive_mib, peak_mib
 ):
     case = make_case(**options)
-    total = memory.estimate(case, parse_mesh(case.mesh, chips)).total
-    assert (1 - RESERVE) * peak_mib < total / MIB < 1.1 * peak_mib
+    parts = memory.estimate(case, parse_mesh(case.mesh, chips))
+    assert (parts.total - parts.fragmentation) / MIB == pytest.approx(alive_mib, rel=0.05)
+    assert (1 - RESERVE) * peak_mib < parts.total / MIB < peak_mib
 
 
 def test_what_splits_what():
