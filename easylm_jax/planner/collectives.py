@@ -66,12 +66,15 @@ def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> tuple[Collective, ..
             continue
         # An asynchronous collective is fused into the work that hides it: it appears in every
         # computation that moves it on, also in loops. It is run where it is run least often.
+        # The TPU compiler's fusion of a sum and a slice of it is no such part, and shares channels.
+        scatters = path[-1].computation.startswith("all-reduce-scatter")
         channel = re.search(r"channel_id=(\d+)", op.rest)
-        key = channel[0] if channel and path[-1].fused else f"{path} {op.name}"
+        hides = path[-1].fused and not scatters
+        key = channel[0] if channel and hides else f"{path} {op.name}"
         if key not in found or times < found[key].times:
             dtype, num_bytes = _payload(op, kind, size)
-            if path[-1].computation.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # the TPU compiler's fusion of a sum and a slice of it
+            if scatters:
+                kind = "reduce-scatter"
             found[key] = Collective(kind, dtype, num_bytes, times, size, axes, _where(op, path[-1]))
     return tuple(sorted(found.values(), key=lambda c: -c.sent_bytes))
 

@@ -58,6 +58,13 @@ to_apply=%sum
   ROOT %slice = f32[4,4]{1,0} dynamic-slice(%all-reduce.9, %p), dynamic_slice_sizes={4,4}
 }
 
+%all-reduce-scatter.4 (p: f32[16,4]) -> f32[4,4] {
+  %p = f32[16,4]{1,0} parameter(0)
+  %all-reduce.10 = f32[16,4]{1,0} all-reduce(%p), channel_id=3, replica_groups=[2,4]<=[8], \
+to_apply=%sum
+  ROOT %slice = f32[4,4]{1,0} dynamic-slice(%all-reduce.10, %p), dynamic_slice_sizes={4,4}
+}
+
 %outer_cond (q: (s32[], bf16[8,128])) -> pred[] {
   %q = (s32[], bf16[8,128]{1,0}) parameter(0)
   %six = s32[] constant(6)
@@ -77,6 +84,8 @@ to_apply=%sum
   %go_on = f32[32]{0} fusion(%y), kind=kOutput, calls=%hidden_in_work
   %scattered = f32[4,4]{1,0} fusion(%y), kind=kCustom, \
 calls=%all-reduce-scatter.3, metadata={op_name="jit(f)/transpose(jvp(g))/while/body/mlp/up/dot"}
+  %another = f32[4,4]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.4, \
+metadata={op_name="jit(f)/transpose(jvp(g))/while/body/mlp/up/dot"}
   %more = s32[] add(%k, %one)
   ROOT %r = (s32[], bf16[8,128]{1,0}) tuple(%more, %y)
 }
@@ -101,7 +110,7 @@ def test_loops_fusions_and_all_notations_of_groups_are_understood():
         ("all-gather", "f32", 128, 6, 4, ("fsdp",)),
         ("all-reduce", "f32", 44, 1, 2, ("replica",)),
         ("collective-permute", "bf16", 2048, 6 * 3, 4, ("fsdp",)),
-        ("reduce-scatter", "f32", 256, 6, 4, ("fsdp",)),
+        *2 * [("reduce-scatter", "f32", 256, 6, 4, ("fsdp",))],  # two, though of one channel
     ]
     names = {c.kind: c.where for c in collectives(HLO, MESH)}
     assert names["collective-permute"] == "mlp/up/dot_general"
