@@ -33,8 +33,10 @@ IDS_PER_TOKEN = 5  # arrays of a Batch, 4 bytes each
 FRAGMENTS = 2.75
 # Where `tensor` or `sequence` split a layer that sum holds so many float32 arrays of the stream's
 # width more. Under tensor they are the gradients of the inputs of q, k, v, gate and up, partial
-# sums until they are added up over chips; under sequence the number was measured and no more.
+# sums until they are added up over chips; under sequence the number was measured and no more, as
+# was that of the layers' gradients held again, with micro-batches and without (-2 to +7 %).
 STREAMS = 5
+GRADIENTS_AGAIN = (3, 1)
 # Up to so many ways the compiler turns "gather, then multiply" into a ring of partial products,
 # and holds fewer whole gradients of kernels at once (see `_layer_gradients`).
 WINDOWED_WAYS = 16
@@ -142,8 +144,11 @@ def moments(case: Case, sizes: Mapping[str, int], *, on_cpu: bool = False) -> di
     added_up = 4 * all_weights.total / ways if case.micro_batches > 1 else 0.0
     stream = 4 * M * model.d_model
     splits_layer = tensor * sizes["sequence"] > 1
+    again = GRADIENTS_AGAIN[case.micro_batches == 1] * (sizes["sequence"] > 1)
     base = Parts(
-        fragmentation=FRAGMENTS * 4 * table * (fsdp > 1) + STREAMS * stream * splits_layer,
+        fragmentation=FRAGMENTS * 4 * table * (fsdp > 1)
+        + STREAMS * stream * splits_layer
+        + again * 4 * all_weights.layers / ways,
         parameters=master * all_weights.total / ways,
         optimiser=bytes_per_parameter(case.optim) * all_weights.total / ways,
         batch=4 * IDS_PER_TOKEN * tokens,
