@@ -102,7 +102,7 @@ def test_every_mesh_is_one_that_the_step_accepts(name):
 
 def test_short_rows_are_split_where_nothing_else_fits():
     topology = parse_topology("v5p:4x4x4")
-    case = make_case("llama2_70b", rows=8, seq_len=8192)
+    case = make_case("llama_33b", rows=8, seq_len=8192)
     for found in search(case, topology, compile=lambda *_: compiled(15)):
         sizes = parse_mesh(found.case.mesh, 64)
         assert sizes["sequence"] > 1 and 8 % (sizes["replica"] * sizes["fsdp"]) == 0
