@@ -65,10 +65,10 @@ def cross_entropy_sums(
         loss, correct = _sums(None, hidden_BTD, head_DV, targets, weights)
         return loss[0], correct[0]
     # Every device sums over its own tokens and its own slice of the vocabulary, and the gradient of
-    # the head is added up over devices once, not per chunk, and at once scattered.
+    # the head is added up over devices once, not per chunk.
     loss, correct = per_device(
         functools.partial(_sums, "tensor"),
-        in_specs=(P(BATCH_AXES, "sequence", None), P("fsdp", "tensor"), BATCH_SPEC, BATCH_SPEC),
+        in_specs=(P(BATCH_AXES, "sequence", None), P(None, "tensor"), BATCH_SPEC, BATCH_SPEC),
         out_specs=(P(AXES), P(AXES)),
     )(hidden_BTD, head_DV, targets, weights)
     return loss.sum(), correct.sum()
@@ -105,18 +105,13 @@ def _token_losses(axis, hidden_BTD, head_DV, targets_BT):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(axis, hidden_BTD, head_DV, targets_BT, weights_BT):
-    """This device's part of the two sums, each [1]. Devices that share tokens share the sum.
-
-    With an `axis`, each device has its part of the head's D too, along `fsdp`. The caller adds the
-    parts up: the gradient, scattered before it is known, needs one cotangent for all of them.
-    """
-    head_DV = _gather(axis, head_DV.astype(hidden_BTD.dtype))
+    """This device's part of the two sums, each [1]. Devices that share tokens share the sum."""
     loss_BT, correct_BT = _token_losses(axis, hidden_BTD, head_DV, targets_BT)
     return _share(axis, (loss_BT * weights_BT).sum(), (correct_BT * weights_BT).sum())
 
 
 def _sums_fwd(axis, hidden_BTD, head_DV, targets_BT, weights_BT):
-    head = _gather(axis, head_DV.astype(hidden_BTD.dtype))
+    head = head_DV.astype(hidden_BTD.dtype)
 
     def chunk(carry, args):
         loss_sum, correct_sum, d_head_DV = carry
@@ -138,8 +133,6 @@ def _sums_fwd(axis, hidden_BTD, head_DV, targets_BT, weights_BT):
     (loss, correct, d_head_DV), d_hidden = lax.scan(chunk, start, chunks)
     # XLA on CPU would fold the transposition of a tied head into the product, and fail in bfloat16.
     d_head_DV = lax.optimization_barrier(d_head_DV)
-    if axis is not None:
-        d_head_DV = lax.psum_scatter(d_head_DV, "fsdp", scatter_dimension=0, tiled=True)
     M = targets_BT.size
     d_hidden_BTD = d_hidden.reshape(-1, d_hidden.shape[-1])[:M].reshape(hidden_BTD.shape)
     return _share(axis, loss, correct), (d_hidden_BTD, d_head_DV.astype(head_DV.dtype))
@@ -154,10 +147,6 @@ def _sums_bwd(axis, residuals, grads):
 
 
 _sums.defvjp(_sums_fwd, _sums_bwd)
-
-
-def _gather(axis, head_DV):
-    return head_DV if axis is None else lax.all_gather(head_DV, "fsdp", axis=0, tiled=True)
 
 
 def _share(axis, *sums):

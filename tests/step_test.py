@@ -312,11 +312,3 @@ def test_the_backward_pass_gathers_kernels_and_no_activations(axes, rows):
     assert all(c.axes == ("fsdp",) and c.kind == "all-gather" for c in moved), moved
     # Of one layer in a scan over two: seven kernels forward, again backward; table and head.
     assert sum(c.times for c in moved) == (0 if axes == "1,1,4,1" else 2 * 7 * 2 + 2), moved
-
-
-def test_gradients_of_table_and_head_are_scattered_before_replicas_meet():
-    found = what_a_step_sends("2,4,1,1", tiny_config(), uneven_batch())
-    whole = 4 * 64 * 32  # float32, vocabulary x width
-    assert sum(c.kind == "reduce-scatter" and c.bytes == whole for c in found) == 2, found
-    between = [c for c in found if "replica" in c.axes]
-    assert between and all("fsdp" not in c.axes for c in between if c.bytes > 4096), found

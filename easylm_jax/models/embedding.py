@@ -2,8 +2,7 @@
 
 Left to autodiff and the compiler, the gradients of all places of one token would be added up in the
 type of the activations: in bfloat16 the sum of 4,096 ones is 256. The price: a float32 gradient of
-the whole table on every device until it is scattered (1 GB for LLaMA 65B). Called by llama.py
-alone.
+the whole table on every device until it is summed (1 GB for LLaMA 65B). Called by llama.py alone.
 """
 
 import functools
@@ -28,45 +27,35 @@ def look_up(table_VD: Float[Array, "V D"], tokens: Tokens, dtype: DTypeLike) -> 
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _rows(dtype, None, table_VD, tokens)
-    split = P("tensor", "fsdp")
-    check_spec("embed/embedding", table_VD.shape, split, mesh)
+        return _rows(dtype, table_VD, tokens)
+    check_spec("embed/embedding", table_VD.shape, P("tensor", None), mesh)
 
     def local(table_VD, tokens_BT):
         ids_BT = tokens_BT - lax.axis_index("tensor") * table_VD.shape[0]
         here_BT = (ids_BT >= 0) & (ids_BT < table_VD.shape[0])
-        found_BTD = _rows(dtype, "fsdp", table_VD, jnp.where(here_BT, ids_BT, 0))
+        found_BTD = _rows(dtype, table_VD, jnp.where(here_BT, ids_BT, 0))
         return lax.psum(jnp.where(here_BT[..., None], found_BTD, 0), "tensor")
 
     along = "sequence" if tokens.shape[1] % mesh.shape["sequence"] == 0 else None
-    specs = (split, P(BATCH_AXES, along))
+    specs = (P("tensor", None), P(BATCH_AXES, along))
     return per_device(local, in_specs=specs, out_specs=P(BATCH_AXES, along, None))(table_VD, tokens)
 
 
-# `axis` is the mesh axis along which the columns of the table are split, or None.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(dtype, table_VD, ids_BT):
+    return jnp.take(table_VD.astype(dtype), ids_BT, axis=0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rows(dtype, axis, table_VD, ids_BT):
-    table_VD = table_VD.astype(dtype)
-    if axis:
-        table_VD = lax.all_gather(table_VD, axis, axis=1, tiled=True)
-    return jnp.take(table_VD, ids_BT, axis=0)
-
-
-def _rows_fwd(dtype, axis, table_VD, ids_BT):
+def _rows_fwd(dtype, table_VD, ids_BT):
     # An empty slice of the table carries its shape and type to the backward pass.
-    return _rows(dtype, axis, table_VD, ids_BT), (table_VD[:, :0], ids_BT)
+    return _rows(dtype, table_VD, ids_BT), (table_VD[:, :0], ids_BT)
 
 
-def _rows_bwd(dtype, axis, residuals, grad_BTD):
+def _rows_bwd(dtype, residuals, grad_BTD):
     del dtype
     like_V0, ids_BT = residuals
-    d_table_VD = jnp.zeros((like_V0.shape[0], grad_BTD.shape[-1]), jnp.float32)
-    d_table_VD = d_table_VD.at[ids_BT].add(grad_BTD.astype(jnp.float32))
-    if axis:
-        d_table_VD = lax.psum_scatter(d_table_VD, axis, scatter_dimension=1, tiled=True)
-    return d_table_VD.astype(like_V0.dtype), None
+    zeros_VD = jnp.zeros((like_V0.shape[0], grad_BTD.shape[-1]), jnp.float32)
+    return zeros_VD.at[ids_BT].add(grad_BTD.astype(jnp.float32)).astype(like_V0.dtype), None
 
 
 _rows.defvjp(_rows_fwd, _rows_bwd)
