@@ -13,25 +13,13 @@ import dataclasses
 import json
 import os
 import resource
-from collections.abc import Callable
 
 import jax
 
-from easylm_jax.config import is_for_user
+from easylm_jax.config import at_least, is_for_user
 
 WORKS = ("small", "long", "1b", "7b", "decode")
 CHANGES = ("dtype", "remat", "batch", "micro_batches", "seq_len", "layers", "state_dtype")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The argparse type of whole numbers that are not smaller."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
-        return int(text)
-
-    return number
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ file builds one from them; `as_config_dict` turns it into a locked ConfigDict so
 override leaves; `from_config_dict` turns that back. Below the entry points there is no ConfigDict.
 """
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -124,6 +125,17 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
     logging.set_verbosity(logging.WARNING)  # `--verbosity=0` shows what the libraries tell
     app.run(guarded, flags_parser=parse)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The argparse type of whole numbers that are not smaller."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
+        return int(text)
+
+    return number
 
 
 def is_for_user(error: Exception) -> bool:

@@ -23,8 +23,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from easylm_jax.bench import at_least
-from easylm_jax.config import from_config_dict, run_main
+from easylm_jax.config import at_least, from_config_dict, run_main
 from easylm_jax.mesh import parse_mesh
 from easylm_jax.models.llama import LlamaConfig
 from easylm_jax.models.presets import PRESETS, preset
